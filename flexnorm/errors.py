@@ -1,0 +1,66 @@
+"""The two errors of flexnorm, and the one way in which their texts are built.
+
+Every text says the rule, what was received and what to type instead, and draws the user's own pattern with
+carets under the guilty part:
+
+    the left side of the pattern must name every axis of x, but x has 3 axes and the pattern names 4
+        n (g c) h w -> n g
+        ^ ^^^^^ ^ ^
+      received: x of shape (8, 64, 32)
+      instead:  write "..." for the axes that have no name of their own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+Span = tuple[int, int]  # first character and the one after the last, in the user's own string
+
+
+class SpecError(ValueError):
+    """A pattern, an option or a name that cannot mean anything, whatever the tensor."""
+
+
+class ShapeError(ValueError):
+    """A pattern that means something, given a tensor, mask, label or parameter that does not fit it."""
+
+
+def draw(text: str, spans: Iterable[Span]) -> str:
+    """The text, and under it a line with carets below every span; an empty span gets one caret."""
+    text = text.translate(_VISIBLE)
+    marks = [" "] * (len(text) + 1)
+    for start, stop in spans:
+        for place in range(start, max(stop, start + 1)):
+            marks[place] = "^"
+    carets = "".join(marks).rstrip()
+    return f"    {text}\n    {carets}" if carets else f"    {text}"
+
+
+def say(
+    rule: str,
+    *,
+    text: str | None = None,
+    spans: Iterable[Span] = (),
+    received: str | None = None,
+    instead: str | None = None,
+) -> str:
+    """The text of an error: the rule, the drawing, what was received, what to type instead."""
+    lines = [rule]
+    if text is not None:
+        lines.append(draw(text, spans))
+    if received is not None:
+        lines.append(f"  received: {received}")
+    if instead is not None:
+        lines.append(f"  instead:  {instead}")
+    return "\n".join(lines)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that the user probably meant, if any is near."""
+    found = get_close_matches(word, list(choices), n=1)
+    return found[0] if found else None
+
+
+# A tab or a line break inside the pattern would move the carets: each is shown as one blank.
+_VISIBLE = {ord(c): " " for c in "\t\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"}

@@ -1,0 +1,184 @@
+"""The composition: every pattern in plain torch operations, differentiable to any order, on every device.
+
+It is the definition that the other rooms are tested against, and what autograd differentiates where a derivative beyond
+the first is asked for. Functions of the interface are documented there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..canonical import memory_order
+from ..statistics import Moments, divisor, pool, pool_about_zero
+from .interface import Recipe, Sums, stat_dtype
+
+
+def forward(
+    recipe: Recipe, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Moments]:
+    moments = statistics(recipe, x, mask)
+    return apply(recipe, x, mask, moments, weight, bias), moments
+
+
+def statistics(recipe: Recipe, x: Tensor, mask: Tensor | None) -> Moments:
+    values, weights = _values(recipe, x, mask), _inward_mask(recipe, mask)
+    if weights is not None and not recipe.membership:
+        # What weighs nothing is in no statistic, not even if it is NaN, as 0 * NaN would be.
+        values = values.where((weights > 0) | values.isfinite(), 0.0)
+    return (pool if recipe.center else pool_about_zero)(recipe.sets, weights, values)
+
+
+def apply(
+    recipe: Recipe,
+    x: Tensor,
+    mask: Tensor | None,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    y = _affine(recipe, _normalized(recipe, _values(recipe, x, mask), moments), weight, bias)
+    if recipe.activation is not None:
+        y = ACTIVATIONS[recipe.activation](y)
+    return _outward(recipe, y, x, mask)
+
+
+def backward_sums(
+    recipe: Recipe,
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Sums:
+    xhat = _normalized(recipe, _values(recipe, x, mask), moments)
+    dz = _through_activation(recipe, _values(recipe, dy, mask), xhat, weight, bias)
+    dweight = dbias = None
+    if recipe.params is not None:
+        dweight = None if weight is None else recipe.params.outward(recipe.params.sum(dz * xhat)).to(weight.dtype)
+        dbias = None if bias is None else recipe.params.outward(recipe.params.sum(dz)).to(bias.dtype)
+    g = dz if weight is None else dz * _spread_param(recipe, weight, dz.dtype)
+    return Sums(recipe.sets.sum(g), recipe.sets.sum(g * xhat), dweight, dbias)
+
+
+def backward_dx(
+    recipe: Recipe,
+    dy: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    moments: Moments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sums: Sums | None,
+) -> tuple[Tensor, Tensor | None]:
+    sets = recipe.sets
+    xhat = _normalized(recipe, _values(recipe, x, mask), moments)
+    dz = _through_activation(recipe, _values(recipe, dy, mask), xhat, weight, bias)
+    g = dz if weight is None else dz * _spread_param(recipe, weight, dz.dtype)
+    factor = inverse_sigma(recipe, moments)
+    dmask = None
+    if sums is not None:
+        n = divisor(moments.count)
+        mean_g = sums.grad / n if recipe.center else torch.zeros_like(sums.grad)
+        mean_gx = sums.grad_xhat / n if recipe.scale else torch.zeros_like(sums.grad_xhat)
+        through = sets.spread(mean_g) + xhat * sets.spread(mean_gx)
+        if recipe.mask is not None and not recipe.membership:
+            assert mask is not None
+            # d var / d w_i = ((x_i - mean)^2 - var) / n, and d mean / d w_i = (x_i - mean) / n
+            rest = xhat * xhat - sets.spread(moments.var * factor * factor)
+            dw = xhat * sets.spread(mean_g) + 0.5 * rest * sets.spread(mean_gx)
+            dmask = recipe.mask.outward(recipe.mask.sum(-dw)).to(mask.dtype)
+            through = through * recipe.mask.inward(mask).to(through.dtype)
+        g = g - through
+    return _outward(recipe, g * sets.spread(factor), x, mask), dmask
+
+
+def backward_moments(recipe: Recipe, moments: Moments, sums: Sums) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of count, mean and m2 that came from elsewhere (of count, if it is floating)."""
+    factor = inverse_sigma(recipe, moments)
+    n = divisor(moments.count)
+    dmean = -factor * sums.grad if recipe.center else torch.zeros_like(sums.grad)
+    dvar = -0.5 * factor * factor * sums.grad_xhat if recipe.scale else torch.zeros_like(sums.grad)
+    dcount = -dvar * moments.var / n if moments.count.is_floating_point() else None
+    return dcount, dmean, dvar / n
+
+
+def inverse_sigma(recipe: Recipe, moments: Moments) -> Tensor:
+    """1 / sqrt(var + eps) of every set, 1 without scale; 0 where a set is empty or var + eps is 0."""
+    filled = moments.count > 0
+    if not recipe.scale:
+        return filled.to(moments.mean.dtype)
+    v = moments.var + recipe.eps
+    usable = filled & (v != 0)
+    return v.where(usable, 1.0).rsqrt().where(usable, 0.0)
+
+
+ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+
+
+def _normalized(recipe: Recipe, values: Tensor, moments: Moments) -> Tensor:
+    """(x - mean) / sigma, the mean subtracted in two steps as it is known to twice the precision."""
+    sets = recipe.sets
+    if recipe.center:
+        values = values - sets.spread(moments.mean)
+        if moments.low is not None:
+            values = values - sets.spread(moments.low)
+    return values * sets.spread(inverse_sigma(recipe, moments))
+
+
+def _affine(recipe: Recipe, xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        xhat = xhat * _spread_param(recipe, weight, xhat.dtype)
+    if bias is not None:
+        xhat = xhat + _spread_param(recipe, bias, xhat.dtype)
+    return xhat
+
+
+def _through_activation(
+    recipe: Recipe, dy: Tensor, xhat: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    if recipe.activation is None:
+        return dy
+    higher = torch.is_grad_enabled()
+    z = _affine(recipe, xhat, weight, bias)
+    z = z if z.requires_grad else z.detach().requires_grad_()
+    with torch.enable_grad():
+        y = ACTIVATIONS[recipe.activation](z)
+    return torch.autograd.grad(y, z, dy, create_graph=higher)[0]
+
+
+def _spread_param(recipe: Recipe, param: Tensor, dtype: torch.dtype) -> Tensor:
+    assert recipe.params is not None
+    return recipe.params.spread(recipe.params.inward(param.to(dtype)))
+
+
+def _inward_mask(recipe: Recipe, mask: Tensor | None) -> Tensor | None:
+    """The mask in the elementary view, as the count that it gives every element."""
+    if recipe.mask is None or mask is None:
+        return None
+    mask = recipe.mask.inward(mask)
+    return mask.to(torch.int64) if recipe.membership else mask
+
+
+def _values(recipe: Recipe, t: Tensor, mask: Tensor | None) -> Tensor:
+    """x or dy in the elementary view and the dtype of statistics; elements outside are replaced before any arithmetic."""
+    t = t.reshape(recipe.sets.axes.sizes).to(stat_dtype(t.dtype))
+    if recipe.membership:
+        assert recipe.mask is not None and mask is not None
+        t = t.where(recipe.mask.inward(mask), 0.0)
+    return t
+
+
+def _outward(recipe: Recipe, t: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """y or dx in x's own shape, dtype and memory format, 0 outside the mask."""
+    if recipe.membership:
+        assert recipe.mask is not None and mask is not None
+        t = t.where(recipe.mask.inward(mask), 0.0)
+    t = t.expand(recipe.sets.axes.sizes).to(x.dtype).reshape(x.shape)
+    if t.stride() == x.stride():
+        return t
+    order = memory_order(x.shape, x.stride())
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return t.permute(order).contiguous().permute(back)

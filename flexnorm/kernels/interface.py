@@ -1,0 +1,95 @@
+"""What every room of kernels is asked for, and what it is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..sets import Sets
+from ..statistics import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """What is to be computed, without the tensors: the sets, where mask and parameters lie, and the formula's options.
+
+    With sigma = sqrt(var + eps) of each set:   y = activation((x - mean) / sigma * weight + bias)
+    """
+
+    sets: Sets
+    mask: Sets | None = None  # axes of the mask, if there is one
+    membership: bool = False  # the mask is bool: elements outside belong to no set. Otherwise it weighs the statistics
+    params: Sets | None = None  # axes of weight and bias, if there are any
+    center: bool = True
+    scale: bool = True
+    eps: float = 1e-5
+    activation: str | None = None
+
+
+class Sums(NamedTuple):
+    """What the backward pass sums: over every set, and over every parameter."""
+
+    grad: Tensor  # sets: sum of g, with g = dy * weight (dy through the activation)
+    grad_xhat: Tensor  # sets: sum of g * xhat
+    weight: Tensor | None  # params: sum of dy * xhat, the gradient of weight
+    bias: Tensor | None  # params: sum of dy, the gradient of bias
+
+
+class Room(Protocol):
+    """The five entry points. x, dy, y and dx have x's own shape; mask, weight and bias the shapes that the pattern writes;
+    moments and sums over sets the internal shape of `recipe.sets`. With `center=False` the moments are those about zero.
+
+    Nothing is modified. Statistics and sums are in `stat_dtype(x.dtype)`; y and dx have x's dtype and memory format.
+    """
+
+    def forward(
+        self, recipe: Recipe, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Moments]:
+        """`statistics`, then `apply`, in one."""
+
+    def statistics(self, recipe: Recipe, x: Tensor, mask: Tensor | None) -> Moments:
+        """The moments of every set."""
+
+    def apply(
+        self,
+        recipe: Recipe,
+        x: Tensor,
+        mask: Tensor | None,
+        moments: Moments,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        """y, with these moments."""
+
+    def backward_sums(
+        self,
+        recipe: Recipe,
+        dy: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        moments: Moments,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Sums:
+        """The sums that dx and the gradients of the parameters are made of."""
+
+    def backward_dx(
+        self,
+        recipe: Recipe,
+        dy: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        moments: Moments,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        sums: Sums | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """dx, and the gradient of a float mask. `sums` None: the moments came from elsewhere and do not depend on x."""
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics are computed in float32, those of float64 in float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,54 @@
+"""Which room computes a recipe, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import native
+from .interface import Recipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice of a kernel: the room that computes it, and the reason.
+
+    >>> print(Plan("aten", "torch has no masked norm"))
+    aten (torch has no masked norm)
+    """
+
+    room: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.room} ({self.reason})"
+
+
+def choose(
+    recipe: Recipe,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    differentiated: bool,
+    transformed: bool = False,
+    external: bool = False,
+) -> Plan:
+    """The plan for these tensors.
+
+    Args:
+        differentiated: a first derivative may be asked for.
+        transformed: torch.func, forward mode or a tracer must see through.
+        external: the moments come from elsewhere.
+    """
+    if transformed:
+        return Plan("aten", "seen through by torch.func, forward mode or a tracer")
+    if external:
+        return Plan("aten", "the moments are given")
+    if differentiated:
+        return Plan("aten", "a gradient may be asked for, and torch's backward knows the mean to float32 only")
+    refusal = native.refusal(recipe, x, weight, bias)
+    if refusal is not None:
+        return Plan("aten", refusal)
+    return Plan("native", "layer_norm" if recipe.center else "rms_norm")

@@ -1,0 +1,352 @@
+"""`Norm`: the layer that keeps the state of a pattern (parameters, static labels), and `given`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar, Token
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ShapeError, SpecError, say
+from .functional import Label, Options, as_partition, check_parameters, label_names, run, sort_names
+from .partition import Partition, whole
+from .sets import Labels, bind, sets_of, solve
+from .spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
+from .statistics import Moments
+
+
+class Norm(nn.Module):
+    r"""A normalization layer: the elements that share statistics are those that its pattern names.
+
+    For each set S:   y[S] = (x[S] - mean(x[S])) / sqrt(var(x[S]) + eps) * weight + bias
+
+    Args:
+        pattern: which elements share statistics: `"n (g c) ... -> n g"`. See `normalize`.
+        affine: axes of the learned weight and bias: `"c"`, `"(g c)"` (flat, as in `nn.GroupNorm`), `"type[v] c"`.
+            None: no parameters.
+        conditional: axes of a further weight and bias that are given at every call, after the learned ones: `"b c"`.
+        center: subtract the mean. Without it, the variance is that about zero (RMSNorm).
+        scale: divide by the standard deviation.
+        bias: learn a bias beside the weight.
+        eps: added to the variance, in the unit of x squared.
+        activation: "relu", "silu" or "gelu", applied to the result.
+        sizes: sizes of axes and compositions, for those that cannot be keywords: `{"(g c)": 256}`.
+        labels: as keywords, for names that options have.
+        device, dtype: of the parameters.
+        **names: sizes of axes, as `g=32` (all axes of `affine` need one); and labels: a tensor of ids or a `Partition` for those
+            that never change (persistent buffers), an int for the number of values of one that comes with every call.
+
+    Shapes: x has the axes of the pattern's left side; the result has x's shape, dtype and memory format.
+
+    Raises:
+        SpecError: the pattern, a name or an option means nothing, or a size that `affine` needs is missing.
+
+    >>> norm = Norm("n (g c) ... -> n g", affine="(g c)", g=4, sizes={"(g c)": 16})
+    >>> norm
+    Norm('n (g c) ... -> n g', g=4, (g c)=16, affine='(g c)', weight=[16], bias=[16])
+    >>> norm(torch.randn(2, 16, 5, 5)).shape
+    torch.Size([2, 16, 5, 5])
+    >>> norm = Norm("v c -> graph[v] c", affine="c", c=8)
+    >>> norm(torch.randn(6, 8), graph=torch.tensor([0, 0, 0, 1, 1, 1])).shape
+    torch.Size([6, 8])
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        *,
+        affine: str | None = None,
+        conditional: str | None = None,
+        center: bool = True,
+        scale: bool = True,
+        bias: bool = True,
+        eps: float = 1e-5,
+        activation: str | None = None,
+        sizes: Mapping[str, int] | None = None,
+        labels: Mapping[str, int | Label] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **names: int | Label,
+    ) -> None:
+        super().__init__()
+        self.spec = Spec.parse(pattern)
+        self.options = Options(center, scale, eps, activation)
+        self.affine = None if affine is None else self.spec.read(affine, "affine")
+        self.conditional = None if conditional is None else self.spec.read(conditional, "conditional")
+        self._lookups = label_names(self.spec, [self.affine, self.conditional])
+        self.sizes, told = sort_names(self.spec, [self.affine, self.conditional], sizes, labels, names)
+        self.counts = {
+            name: whole(value, f"the number of values of label {name!r}")
+            for name, value in told.items()
+            if isinstance(value, int)
+        }
+        self._static = {
+            name: as_partition(self.spec, name, value) for name, value in told.items() if name not in self.counts
+        }
+        self._built: dict[str, tuple[Tensor, int, Partition]] = {}
+        for name, partition in self._static.items():
+            self.counts[name] = partition.count
+            self.register_buffer(_buffer(name), torch.empty_like(partition.ids, device=device))
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        if self.affine is not None:
+            shape = self._parameter_shape(self.affine)
+            self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            if bias:
+                self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self._was_given = False
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, and the static labels as the layer was built with."""
+        with torch.no_grad():
+            if self.weight is not None:
+                nn.init.ones_(self.weight)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+            for name, partition in self._static.items():
+                self.get_buffer(_buffer(name)).copy_(partition.ids)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        moments: Moments | None = None,
+        labels: Mapping[str, Label] | None = None,
+        **names: Label,
+    ) -> Tensor:
+        """Normalizes x.
+
+        Args:
+            x: with the axes of the pattern's left side.
+            mask: bool (membership) or floating (weights), over the axes behind the comma.
+            weight, bias: over the axes of `conditional`, applied after the learned ones.
+            moments: statistics to use instead of x's own.
+            labels, **names: the labels that are no part of the layer.
+        """
+        dynamic = {**names, **(labels or {})}
+        around = _GIVEN.get()
+        from_around: list[str] = []
+        if around:
+            if mask is None and self.spec.mask is not None and "mask" in around:
+                mask = around["mask"]
+                from_around.append("mask")
+            for name in self._lookups:
+                if name in around and name not in dynamic and name not in self._static and name != "mask":
+                    dynamic[name] = around[name]
+                    from_around.append(name)
+        self._check_recomputation(bool(from_around))
+        try:
+            return self._normalize(x, mask, weight, bias, moments, dynamic)
+        except (SpecError, ShapeError) as error:
+            if not from_around:
+                raise
+            raise type(error)(f"{error}\n  in:       {self}, with given({', '.join(from_around)})") from None
+
+    def _normalize(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        moments: Moments | None,
+        dynamic: Mapping[str, Any],
+    ) -> Tensor:
+        partitions = {name: self._partition(name) for name in self._static}
+        for name, value in dynamic.items():
+            if name not in self._lookups or name in self._static:
+                raise self._refused(name, value)
+            partitions[name] = as_partition(self.spec, name, value, self.counts.get(name))
+        params, scale, shift = self._affine_now(weight, bias, x, partitions)
+        return run(
+            self.spec,
+            x,
+            mask,
+            self.options,
+            params=params,
+            weight=scale,
+            bias=shift,
+            external=moments,
+            sizes=self.sizes,
+            labels=partitions,
+        )
+
+    # --- parameters
+
+    def _parameter_shape(self, expr: Expr) -> tuple[int, ...]:
+        """The shape of the learned parameters, from what is told when the layer is built."""
+        known: dict[Atom, int] = {Axis(name): size for name, size in solve(self.spec, self.sizes).items()}
+        known.update((lookup, self.counts[name]) for name, lookup in self._lookups.items() if name in self.counts)
+        for atom in expr.atoms():
+            if atom in known:
+                continue
+            if not isinstance(atom, (Axis, Lookup)):
+                raise SpecError(expr.error("parameters have a fixed shape: their axes have names", atom))
+            name = atom.name if isinstance(atom, Axis) else atom.label
+            what, where = ("size of axis", "sizes") if isinstance(atom, Axis) else ("number of values of label", "labels")
+            told = {**self.sizes, **self.counts}
+            raise SpecError(
+                expr.error(
+                    f"the parameters need the {what} {name!r} when the layer is built",
+                    atom,
+                    received=", ".join(f"{k}={v}" for k, v in told.items()) or "no sizes",
+                    instead=keyword(name, 8, where),
+                )
+            )
+        return tuple(
+            math.prod(known[atom] for atom in (element.atoms if isinstance(element, Group) else (element,)))
+            for element in expr.elements
+        )
+
+    def _affine_now(
+        self, weight: Tensor | None, bias: Tensor | None, x: Tensor, partitions: Labels
+    ) -> tuple[Expr | None, Tensor | None, Tensor | None]:
+        """The learned parameters, the given ones, or both made into one: their axes, weight and bias."""
+        if self.conditional is None:
+            if weight is not None or bias is not None:
+                raise SpecError(
+                    say(
+                        "weight and bias are given at the call to a layer that was built for them",
+                        text=self.spec.text,
+                        instead='Norm(..., conditional="b c"), with the axes of weight and bias',
+                    )
+                )
+            return self.affine, self.weight, self.bias
+        if weight is None and bias is None:
+            raise SpecError(
+                self.conditional.error(
+                    "a conditional layer is called with weight, bias, or both",
+                    *self.conditional.elements,
+                    instead="norm(x, weight=w, bias=b)",
+                )
+            )
+        if self.affine is None:
+            return self.conditional, weight, bias
+        axes = bind(self.spec, tuple(x.shape), tuple(self.sizes.items()))
+        learned, given_ = (sets_of(axes, expr, partitions) for expr in (self.affine, self.conditional))
+        both = sets_of(axes, learned.expr.union(given_.expr), partitions)
+        check_parameters(given_, x, weight, bias)
+        scale, shift = (None if p is None else learned.over(p, both) for p in (self.weight, self.bias))
+        weight, bias = (None if p is None else given_.over(p, both) for p in (weight, bias))
+        # (xhat * scale + shift) * weight + bias
+        if weight is not None:
+            scale = weight if scale is None else scale * weight
+            shift = None if shift is None else shift * weight
+        if bias is not None:
+            shift = bias if shift is None else shift + bias
+        return both.expr, *(None if p is None else p.expand(both.shape) for p in (scale, shift))
+
+    # --- labels
+
+    def _partition(self, name: str) -> Partition:
+        """A static label, from its buffer: built again when the buffer moved or was loaded."""
+        buffer = self.get_buffer(_buffer(name))
+        version = 0 if buffer.is_inference() else buffer._version
+        built = self._built.get(name)
+        if built is None or built[0] is not buffer or built[1] != version:
+            built = (buffer, version, as_partition(self.spec, name, buffer, self.counts[name]))
+            self._built[name] = built
+        return built[2]
+
+    def _refused(self, name: str, value: object) -> SpecError:
+        static = name in self._static
+        return SpecError(
+            say(
+                f"{name!r} is a static label of this layer" if static else f"{name!r} is no label of this layer",
+                text=self.spec.text,
+                received=f"{name}={value!r:.80}",
+                instead=f"build the layer without {name}= to give it at every call"
+                if static
+                else f"one of: {', '.join(n for n in self._lookups if n not in self._static) or 'none'}",
+            )
+        )
+
+    # --- what is given from around
+
+    def _check_recomputation(self, given_now: bool) -> None:
+        """Activation checkpointing runs forward again in backward: then what was given must still be."""
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() == -1:
+            self._was_given = given_now
+        elif self._was_given and not given_now:
+            raise RuntimeError(
+                say(
+                    "this layer is computed again by activation checkpointing, and what was given is gone",
+                    received=f"{self}, outside of given(...)",
+                    instead="call backward() inside of the with block, or checkpoint(..., context_fn=given.context_fn)",
+                )
+            )
+
+    def extra_repr(self) -> str:
+        """What `print(norm)` shows."""
+        said = [repr(str(self.spec)), *(f"{name}={size}" for name, size in self.sizes.items())]
+        said += [f"{name}={self._static.get(name, count)}" for name, count in self.counts.items()]
+        said += [f"{name}='{expr}'" for name, expr in self._exprs() if expr is not None]
+        said += [f"{name}={list(p.shape)}" for name, p in self.named_parameters(recurse=False)]
+        defaults = Options()
+        for name in Options.__dataclass_fields__:
+            if getattr(self.options, name) != getattr(defaults, name):
+                said.append(f"{name}={getattr(self.options, name)!r}")
+        return ", ".join(said)
+
+    def _exprs(self) -> list[tuple[str, Expr | None]]:
+        return [("affine", self.affine), ("conditional", self.conditional)]
+
+
+def _buffer(label: str) -> str:
+    return f"{label}_ids"
+
+
+class given:
+    """Masks and labels for norms nested where nobody passes arguments on, as in `nn.Sequential`.
+
+    Every `Norm` called inside takes the mask, if its pattern has one, and the labels it reads. What is passed explicitly wins, an
+    inner `given` wins over an outer one, and what does not fit a layer is an error that names the layer.
+
+    Args:
+        mask: for every norm whose pattern has a mask.
+        **labels: by the names that the patterns give them.
+
+    Activation checkpointing computes layers again during backward. Call `backward()` inside of the block, or hand on what is given
+    with `torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=given.context_fn)`.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), Norm("v c -> graph[v] c"), nn.ReLU())
+    >>> with given(graph=torch.tensor([0, 0, 1])):
+    ...     y = model(torch.randn(3, 4))
+    """
+
+    def __init__(self, *, mask: Tensor | None = None, **labels: Label) -> None:
+        self._values: dict[str, Any] = {**labels, **({} if mask is None else {"mask": mask})}
+        for name, value in self._values.items():
+            if not isinstance(value, (Tensor, Partition)):
+                raise SpecError(
+                    say(
+                        "given(...) takes tensors and Partitions",
+                        received=f"{name}={value!r:.80}",
+                        instead=f"{name}=Partition.from_sizes([2, 1]) for sizes, torch.tensor(...) for ids or a mask",
+                    )
+                )
+        self._tokens: list[Token[Mapping[str, Any]]] = []
+
+    def __enter__(self) -> given:
+        self._tokens.append(_GIVEN.set({**_GIVEN.get(), **self._values}))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _GIVEN.reset(self._tokens.pop())
+
+    @staticmethod
+    def context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        """For `torch.utils.checkpoint.checkpoint`: nothing for forward, and for its repetition what is given now."""
+        return nullcontext(), given(**_GIVEN.get())
+
+
+_GIVEN: ContextVar[Mapping[str, Any]] = ContextVar("flexnorm.given", default={})  # noqa: B039  # never mutated

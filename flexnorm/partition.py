@@ -1,0 +1,217 @@
+"""`Partition`: a label for every element of some axes, with what is costly about labels computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import ShapeError, SpecError, say
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Partition:
+    """Says which group every element of some axes belongs to: ids from 0 to `count` - 1, in any order.
+
+    A label of a pattern, `graph` in `"v c -> graph[v] c"`, is given as a `Partition` or as the tensor of its ids.
+    A `Partition` is made once and then serves every layer: it keeps `counts`, `order` and `offsets`.
+    It is immutable, a pytree of one tensor, and it pickles, moves and pins.
+
+    Args:
+        ids: integer tensor of any shape (an axis of it for every name in the label's brackets). It is copied, as int64.
+        count: number of groups, empty ones included. Without it, max(ids) + 1, which waits once for the device.
+
+    Raises:
+        SpecError: ids is no integer tensor, count is no whole number.
+        ShapeError: an id is negative or not below count. On a GPU, with count given, that is a device-side assertion.
+
+    >>> graph = Partition(torch.tensor([0, 0, 2, 0]), count=3)
+    >>> graph
+    Partition(4 ids, count=3)
+    >>> graph.counts
+    tensor([3, 0, 1])
+    >>> Partition.from_sizes([1, 2]).ids
+    tensor([0, 1, 1])
+    """
+
+    ids: Tensor
+    count: int
+
+    def __init__(self, ids: Tensor, count: int | None = None) -> None:
+        _check_integers(ids, "ids")
+        ids = ids.detach().to(torch.int64, copy=True)  # a copy: nobody can change it behind our back
+        if count is None:
+            count = int(ids.max()) + 1 if ids.numel() else 0
+        else:
+            count = whole(count, "count")
+        _check_range(ids, count)
+        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "count", count)
+
+    @classmethod
+    def from_sizes(cls, sizes: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Partition:
+        """Groups of consecutive elements, by their sizes: `[10, 20, 50]` are 80 elements in three groups.
+
+        >>> Partition.from_sizes([2, 0, 1]).ids
+        tensor([0, 0, 2])
+        """
+        sizes = _integers(sizes, "sizes", device)
+        if sizes.numel() and bool((sizes < 0).any()):
+            raise ShapeError(say("sizes of groups are 0 or more", received=f"sizes={sizes.tolist()}"))
+        ids = torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
+        return cls._made(ids, sizes.numel())
+
+    @classmethod
+    def from_offsets(cls, offsets: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Partition:
+        """Groups of consecutive elements, by where each begins, and the end of the last: PyG's `ptr`, `cu_seqlens`.
+
+        >>> Partition.from_offsets(torch.tensor([0, 2, 2, 3])) == Partition.from_sizes([2, 0, 1])
+        True
+        """
+        offsets = _integers(offsets, "offsets", device)
+        if offsets.numel() == 0 or int(offsets[0]) != 0 or bool((offsets.diff() < 0).any()):
+            raise ShapeError(
+                say(
+                    "offsets begin with 0, never fall, and end with the number of elements",
+                    received=f"offsets={offsets.tolist()}" if offsets.numel() <= 20 else f"{offsets.numel()} offsets",
+                    instead="Partition.from_sizes(sizes), if these are the sizes of the groups",
+                )
+            )
+        return cls.from_sizes(offsets.diff())
+
+    @classmethod
+    def _made(cls, ids: Tensor, count: int) -> Partition:
+        """A Partition of ids known to be good: no check, no wait for the device."""
+        made = object.__new__(cls)
+        object.__setattr__(made, "ids", ids)
+        object.__setattr__(made, "count", count)
+        return made
+
+    # --- what is costly, once ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """Number of elements of every group: int64 of shape (count,)."""
+        ones = torch.ones(self.ids.numel(), dtype=torch.int64, device=self.ids.device)
+        return torch.zeros(self.count, dtype=torch.int64, device=self.ids.device).index_add(0, self.ids.flatten(), ones)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """Where every group begins in `order`, and the end of the last: int64 of shape (count + 1,)."""
+        return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The elements sorted by group, equal ones in their own order: indices into the flattened ids."""
+        return torch.argsort(self.ids.flatten(), stable=True)
+
+    @cached_property
+    def is_sorted(self) -> bool:
+        """Whether the flattened ids never fall, so that `order` changes nothing. Waits once for the device."""
+        flat = self.ids.flatten()
+        return bool((flat[1:] >= flat[:-1]).all())
+
+    # --- a value -----------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.ids.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Partition:
+        """The same groups on a device. Itself, if it is there already."""
+        return self._carried(self.ids.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Partition:
+        """The same groups in page-locked memory, as a `DataLoader` with `pin_memory=True` asks for."""
+        return self._carried(self.ids.pin_memory())
+
+    def _carried(self, ids: Tensor) -> Partition:
+        return self if ids is self.ids else Partition._made(ids, self.count)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Partition):
+            return NotImplemented
+        return self.count == other.count and self.device == other.device and torch.equal(self.ids, other.ids)
+
+    __hash__ = None  # type: ignore[assignment]  # equal by value, and the value is a tensor
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.shape)) or "1"
+        where = "" if self.device.type == "cpu" else f", device='{self.device}'"
+        return f"Partition({shape} ids, count={self.count}{where})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (self.ids, self.count)
+
+
+def _rebuilt(ids: Tensor, count: int) -> Partition:
+    return Partition._made(ids, count)
+
+
+pytree.register_pytree_node(
+    Partition,
+    lambda partition: ([partition.ids], partition.count),
+    lambda leaves, count: Partition._made(*leaves, count),
+    serialized_type_name="flexnorm.Partition",
+)
+
+
+def _integers(values: Sequence[int] | Tensor, name: str, device: torch.device | str | None) -> Tensor:
+    """A one-dimensional int64 tensor of a list, a tuple or a tensor."""
+    if not isinstance(values, Tensor):
+        if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+            raise SpecError(say(f"{name} are whole numbers", received=f"{name}={list(values)!r:.80}"))
+        values = torch.tensor(list(values), dtype=torch.int64)
+    _check_integers(values, name)
+    if values.dim() != 1:
+        raise ShapeError(say(f"{name} have one axis", received=f"{name} of shape {tuple(values.shape)}"))
+    return values.detach().to(device or values.device, torch.int64)
+
+
+def _check_integers(ids: object, name: str) -> None:
+    if not isinstance(ids, Tensor):
+        raise SpecError(
+            say(
+                f"{name} are an integer tensor; a plain list could mean ids or sizes",
+                received=f"{type(ids).__name__}: {ids!r:.80}",
+                instead="torch.tensor([0, 0, 1]) for ids, Partition.from_sizes([2, 1]) for sizes",
+            )
+        )
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise SpecError(
+            say(f"{name} are integers", received=f"a tensor of {ids.dtype}", instead="convert it with .long()")
+        )
+
+
+def whole(count: object, name: str) -> int:
+    """The count, if it is one."""
+    if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)) or count < 0:
+        raise SpecError(say(f"{name} is a whole number of 0 or more", received=f"{name}={count!r}"))
+    return count  # type: ignore[return-value]  # a SymInt stands for an int while tracing
+
+
+def _check_range(ids: Tensor, count: int) -> None:
+    """0 <= id < count: at once on CPU, by a device-side assertion elsewhere and while tracing."""
+    if ids.numel() == 0 or ids.is_meta or torch._C._are_functorch_transforms_active():
+        return
+    good = (ids >= 0) & (ids < count)
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(good.all(), f"flexnorm: ids must be from 0 to {count - 1}")
+    elif not good.all():
+        guilty = ids[~good]
+        raise ShapeError(
+            say(
+                f"ids are from 0 to count - 1 = {count - 1}",
+                received=f"{guilty.numel()} of {ids.numel()} outside, the first is {int(guilty[0])}",
+                instead=f"count={int(ids.max()) + 1}" if int(ids.min()) >= 0 else "number the groups from 0",
+            )
+        )

@@ -1,0 +1,179 @@
+"""`Moments`: what is kept of a set, (count, mean, M2), and the one formula that merges them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import ShapeError, SpecError, say
+from .partition import Partition
+from .sets import Sets, bind, sets_of
+from .spec import Spec
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Count, mean and M2 = sum of (x - mean)^2 of every set; they merge exactly, in any order and grouping.
+
+    Args:
+        count: elements of every set (int64), or their total weight (floating). Every field has the same shape, one
+            axis for each axis of the statistics.
+        mean: mean of every set, 0 for empty ones, in float32 or wider.
+        m2: sum of squared differences from the mean; the biased variance is m2 / count.
+        low: what the mean lost when it was rounded: `mean + low` is the mean to twice the precision.
+
+    >>> m = Moments(torch.tensor(3), torch.tensor(2.0), torch.tensor(2.0))
+    >>> m.var
+    tensor(0.6667)
+    >>> m.merge(Moments(torch.tensor(1), torch.tensor(6.0), torch.tensor(0.0)))
+    Moments(count=tensor(4), mean=tensor(3.), m2=tensor(14.))
+
+    Source: Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+    low: Tensor | None = None
+
+    @property
+    def var(self) -> Tensor:
+        """Biased variance, m2 / count; 0 for an empty set."""
+        return self.m2 / divisor(self.count)
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of the union of each set with its counterpart in `other`.
+
+        Raises:
+            ShapeError: the shapes differ.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise ShapeError(
+                say(
+                    "moments merge set by set, so their shapes are equal",
+                    received=f"{tuple(self.mean.shape)} and {tuple(other.mean.shape)}",
+                    instead='coarsen the finer one first: m.coarsen("n c -> c")',
+                )
+            )
+        pairs = Moments(
+            torch.stack([self.count, other.count]),
+            torch.stack([self.mean, other.mean]),
+            torch.stack([self.m2, other.m2]),
+            torch.stack([self._low, other._low]),
+        )
+        return pairs.coarsen("part ... -> ...")
+
+    def coarsen(self, pattern: str, **labels: Partition) -> Moments:
+        """The moments of larger sets: `m.coarsen("n c -> n")` of moments that stand per n and c.
+
+        The left side names the axes of these moments, the right side those of the result; labels work as in `normalize`.
+
+        >>> m = Moments(torch.tensor([1, 3]), torch.tensor([0.0, 4.0]), torch.tensor([0.0, 6.0]))
+        >>> m.coarsen("n -> ")
+        Moments(count=tensor(4), mean=tensor(3.), m2=tensor(18.))
+        """
+        spec = Spec.parse(pattern)
+        if spec.mask is not None:
+            raise SpecError(spec.mask.error("moments have counts, so they take no mask", *spec.mask.elements))
+        missing = [lookup for lookup in spec.sets.lookups() if not isinstance(labels.get(lookup.label), Partition)]
+        if missing:
+            name = missing[0].label
+            raise SpecError(
+                spec.sets.error(
+                    f"label {name!r} is given as a Partition",
+                    *missing,
+                    received=f"{name}={labels.get(name)!r:.80}",
+                    instead=f"m.coarsen(pattern, {name}=Partition(ids))",
+                )
+            )
+        axes = bind(spec, tuple(self.mean.shape))
+        sets = sets_of(axes, spec.sets, labels)
+        parts = [t.reshape(axes.sizes) for t in (self.count, self.mean, self.m2, self._low)]
+        merged = pool(sets, parts[0], parts[1], m2=parts[2], low=parts[3])
+        return merged.outward(sets)
+
+    def about_zero(self) -> Tensor:
+        """Sum of x^2 of every set: what `center=False` divides by."""
+        return self.m2 + self.count * self.mean * self.mean
+
+    def outward(self, sets: Sets) -> Moments:
+        """From the internal shape of these sets to the one that their expression writes."""
+        low = None if self.low is None else sets.outward(self.low)
+        return Moments(sets.outward(self.count), sets.outward(self.mean), sets.outward(self.m2), low)
+
+    def inward(self, sets: Sets, dtype: torch.dtype) -> Moments:
+        """From the shape that the expression of these sets writes to the internal one, in the dtype of statistics."""
+        mean = self.mean.to(dtype)
+        low = (self.mean - mean).to(dtype) + self._low.to(dtype)
+        return Moments(
+            sets.inward(self.count), sets.inward(mean), sets.inward(self.m2.to(dtype)), sets.inward(low)
+        )
+
+    @property
+    def _low(self) -> Tensor:
+        return torch.zeros_like(self.mean) if self.low is None else self.low
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count}, mean={self.mean}, m2={self.m2})"
+
+
+pytree.register_pytree_node(
+    Moments,
+    lambda m: ([m.count, m.mean, m.m2, m.low], None),
+    lambda fields, _: Moments(*fields),
+    serialized_type_name="flexnorm.Moments",
+)
+
+
+def pool(
+    sets: Sets, count: Tensor | None, mean: Tensor, *, m2: Tensor | None = None, low: Tensor | None = None
+) -> Moments:
+    """Merges the moments of parts into those of their sets. The parts of a tensor x are its elements: mean=x, m2=0.
+
+    In two shifts. The first is by the largest element, which is one of the set: then the differences of equal values
+    are zeros, exactly. The second is by the mean that the first gave: then the mean is known to the rounding of the
+    deviations and not to that of the values. The shifts are constants for every derivative, in which they cancel.
+
+    All tensors are in the elementary view of `sets`; count None means 1 everywhere.
+    """
+    n, divisor, weight = _counted(sets, count, mean)
+    values = mean.detach() if count is None else mean.detach().where(count.detach() > 0, -math.inf)
+    first = sets.max(values).where(n.detach() > 0, 0.0)
+    with torch.no_grad():
+        high = (first + sets.sum(weight(mean - sets.spread(first))) / divisor).detach()
+    deviation = mean - sets.spread(high)
+    if low is not None:
+        deviation = deviation + low
+    rest = sets.sum(weight(deviation)) / divisor
+    deviation = deviation - sets.spread(rest)
+    total = sets.sum(weight(deviation) * deviation)  # in this order: weight 0 gives 0 where the square overflows
+    rounded = high + rest
+    return Moments(n, rounded, total if m2 is None else total + sets.sum(m2), ((high - rounded) + rest).detach())
+
+
+def pool_about_zero(sets: Sets, count: Tensor | None, x: Tensor) -> Moments:
+    """Count and sum of x^2 of every set, as its moments about zero."""
+    n, _, weight = _counted(sets, count, x)
+    return Moments(n, torch.zeros((1,) * sets.axes.rank, dtype=x.dtype, device=x.device), sets.sum(weight(x) * x))
+
+
+def _counted(
+    sets: Sets, count: Tensor | None, x: Tensor
+) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """The count of every set, what to divide by, and how to weigh an element."""
+    if count is None:
+        n = sets.sum(torch.ones((1,) * sets.axes.rank, dtype=torch.int64, device=x.device))
+        return n, divisor(n), lambda t: t
+    weights = count.to(x.dtype)
+    n = sets.sum(count)
+    return n, divisor(n), lambda t: weights * t
+
+
+def divisor(count: Tensor) -> Tensor:
+    """The count, and 1 for an empty set, whose sums are 0."""
+    return count.where(count > 0, 1)
