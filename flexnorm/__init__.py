@@ -1,14 +1,13 @@
 """flexnorm: say in one line which elements share statistics.
 
-    y = normalize(x, "b t (g c), b t -> b g", mask, g=8)
+y = normalize(x, "b t (g c), b t -> b g", mask, g=8)
 """
 
+from ._version import __version__ as __version__
 from .errors import ShapeError, SpecError
 from .functional import moments, normalize
 from .norm import Norm, given
 from .partition import Partition
-from ._version import __version__
 from .statistics import Moments
-
 
 __all__ = ["Moments", "Norm", "Partition", "ShapeError", "SpecError", "given", "moments", "normalize"]

@@ -1,15 +1,15 @@
 """Rows and columns: the one form in which a kernel sees every tensor under every pattern.
 
-The axes of x, in the order of the memory, are cut once: the outer ones are flattened to rows, the inner, contiguous ones to
-columns. Then, with small tables that are never expanded to the size of x,
+The axes of x, in the order of the memory, are cut once: the outer ones are flattened to rows, the inner, contiguous
+ones to columns. Then, with small tables that are never expanded to the size of x,
 
     set(r, k)    = set.row[r]    + set.column[set.block[r], k]
     param(r, k)  = param.row[r]  + param.column[param.block[r], k]
     weight(r, k) = weight.row[r] * weight.column[weight.block[r], k]
 
 A part that depends on rows alone, or on columns alone, lies in the row or the column table; what depends on both, as
-`region[n h w]` does or the mask of `"b (g c) t, b t -> b g"`, has a column table for every *block* of rows that share it.
-Rows fall into closed ranges, which share no set with any other range.
+`region[n h w]` does or the mask of `"b (g c) t, b t -> b g"`, has a column table for each *block* of rows that share
+it. Rows fall into closed ranges, which share no set with any other range.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .partition import Partition
 from .sets import Sets
+
+Term = tuple[tuple[int, ...], Tensor]  # a tensor over some axes (ascending)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,37 +76,34 @@ class Cut:
     def indices(self, sets: Sets) -> Table:
         """The set, or the parameter, of every element: a number below `sets.count`, counting the internal shape."""
         steps = _steps(sets.internal_shape)
-        row, column, parts = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64), []
-        terms: list[tuple[tuple[int, ...], Tensor]] = [
-            ((place,), torch.arange(self.sizes[place]) * steps[place]) for place in sorted(sets.kept)
-        ]
+        terms: list[Term] = [((place,), torch.arange(self.sizes[place]) * steps[place]) for place in sorted(sets.kept)]
         for merge in sets.merges:
             ids = merge.ids.reshape([self.sizes[place] for place in merge.places])
             terms.append((merge.places, ids * steps[merge.places[0]]))
-        block_axes = self._blocks(axes for axes, _ in terms)
-        for axes, value in terms:
-            if set(axes) <= set(self.rows):
-                row = row + self._over(self.rows, axes, value.to(row.device))
-            else:
-                column = column + self._over((*block_axes, *self.columns), axes, value)
-                parts.append(axes)
-        has_row = any(set(axes) <= set(self.rows) for axes, _ in terms)
-        return Table(
-            self._flat(row, self.rows) if has_row else None,
-            self._flat(column, (*block_axes, *self.columns)).reshape(-1, self.shape[1]) if parts else None,
-            self._block_of_row(block_axes),
-        )
+        return self._table(terms)
 
     def weights(self, mask: Sets, values: Tensor) -> Table:
         """The weight of every element, for a mask as the pattern writes it."""
-        t = mask.inward(values)
-        axes = tuple(place for place in range(len(self.sizes)) if place in mask.kept)
-        t = t.reshape([self.sizes[place] for place in axes])
-        if set(axes) <= set(self.rows):
-            return Table(self._flat(self._over(self.rows, axes, t), self.rows), None, None)
-        block_axes = self._blocks([axes])
-        column = self._flat(self._over((*block_axes, *self.columns), axes, t), (*block_axes, *self.columns))
-        return Table(None, column.reshape(-1, self.shape[1]), self._block_of_row(block_axes))
+        axes = tuple(sorted(mask.kept))
+        return self._table([(axes, mask.inward(values).reshape([self.sizes[axis] for axis in axes]))])
+
+    def _table(self, terms: list[Term]) -> Table:
+        """The sum of the terms."""
+        blocks = self._blocks(axes for axes, _ in terms)
+        row: Tensor | None = None
+        column: Tensor | None = None
+        for axes, value in terms:
+            if set(axes) <= set(self.rows):
+                value = self._over(self.rows, axes, value)
+                row = value if row is None else row + value
+            else:
+                value = self._over((*blocks, *self.columns), axes, value)
+                column = value if column is None else column + value
+        if row is not None:
+            row = self._flat(row, self.rows)
+        if column is not None:
+            column = self._flat(column, (*blocks, *self.columns)).reshape(-1, self.shape[1])
+        return Table(row, column, self._block_of_row(blocks))
 
     def closed_ranges(self, sets: Sets) -> Tensor:
         """Where every closed range of rows begins, and the end of the last: [ranges + 1].
@@ -126,7 +126,7 @@ class Cut:
         inner = self._size(self.rows[1:])
         return (label.order[:, None] * inner + torch.arange(inner, device=label.device)).reshape(-1)
 
-    def _outer_label(self, sets: Sets):  # type: ignore[no-untyped-def]
+    def _outer_label(self, sets: Sets) -> Partition | None:
         """The Partition of the outermost axis, if one label consumes that axis alone."""
         for merge in sets.merges:
             if self.rows and merge.places == self.rows[:1] and len(merge.terms) == 1:
@@ -160,7 +160,7 @@ class Cut:
 
 
 def cut(sizes: tuple[int, ...], strides: tuple[int, ...], *operands: Sets | None) -> Cut:
-    """Cuts where the tables of these operands (sets, mask, parameters) are smallest; among equals, the longest columns win."""
+    """Cuts where the tables of these operands (sets, mask, parameters) are smallest; among equals, columns are long."""
     order = memory_order(sizes, strides)
     copied = not _dense_inside(sizes, strides, order)
     if copied:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import Label, Options, as_partition, check_parameters, label_names, sort_names
+from .axes import bind, solve
 from .errors import ShapeError, SpecError, say
-from .functional import Label, Options, as_partition, check_parameters, label_names, run, sort_names
+from .functional import run
 from .partition import Partition, whole
-from .sets import Labels, bind, sets_of, solve
+from .sets import Labels, sets_of
 from .spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
 from .statistics import Moments
 
@@ -37,8 +39,9 @@ class Norm(nn.Module):
         sizes: sizes of axes and compositions, for those that cannot be keywords: `{"(g c)": 256}`.
         labels: as keywords, for names that options have.
         device, dtype: of the parameters.
-        **names: sizes of axes, as `g=32` (all axes of `affine` need one); and labels: a tensor of ids or a `Partition` for those
-            that never change (persistent buffers), an int for the number of values of one that comes with every call.
+        **names: sizes of axes, as `g=32` (all axes of `affine` need one); and labels: a tensor of ids or a `Partition`
+            for those that never change (persistent buffers, rebuilt by `reset_parameters()`), an int for the number of
+            values of one that comes with every call.
 
     Shapes: x has the axes of the pattern's left side; the result has x's shape, dtype and memory format.
 
@@ -47,7 +50,7 @@ class Norm(nn.Module):
 
     >>> norm = Norm("n (g c) ... -> n g", affine="(g c)", g=4, sizes={"(g c)": 16})
     >>> norm
-    Norm('n (g c) ... -> n g', g=4, (g c)=16, affine='(g c)', weight=[16], bias=[16])
+    Norm('n (g c) ... -> n g', g=4, sizes={'(g c)': 16}, affine='(g c)', weight=[16], bias=[16])
     >>> norm(torch.randn(2, 16, 5, 5)).shape
     torch.Size([2, 16, 5, 5])
     >>> norm = Norm("v c -> graph[v] c", affine="c", c=8)
@@ -77,7 +80,7 @@ class Norm(nn.Module):
         self.options = Options(center, scale, eps, activation)
         self.affine = None if affine is None else self.spec.read(affine, "affine")
         self.conditional = None if conditional is None else self.spec.read(conditional, "conditional")
-        self._lookups = label_names(self.spec, [self.affine, self.conditional])
+        self._lookups = label_names(self.spec, self.affine, self.conditional)
         self.sizes, told = sort_names(self.spec, [self.affine, self.conditional], sizes, labels, names)
         self.counts = {
             name: whole(value, f"the number of values of label {name!r}")
@@ -85,7 +88,7 @@ class Norm(nn.Module):
             if isinstance(value, int)
         }
         self._static = {
-            name: as_partition(self.spec, name, value) for name, value in told.items() if name not in self.counts
+            name: self._as_partition(name, value) for name, value in told.items() if name not in self.counts
         }
         self._built: dict[str, tuple[Tensor, int, Partition]] = {}
         for name, partition in self._static.items():
@@ -163,7 +166,7 @@ class Norm(nn.Module):
         for name, value in dynamic.items():
             if name not in self._lookups or name in self._static:
                 raise self._refused(name, value)
-            partitions[name] = as_partition(self.spec, name, value, self.counts.get(name))
+            partitions[name] = self._as_partition(name, value, self.counts.get(name))
         params, scale, shift = self._affine_now(weight, bias, x, partitions)
         return run(
             self.spec,
@@ -183,14 +186,16 @@ class Norm(nn.Module):
     def _parameter_shape(self, expr: Expr) -> tuple[int, ...]:
         """The shape of the learned parameters, from what is told when the layer is built."""
         known: dict[Atom, int] = {Axis(name): size for name, size in solve(self.spec, self.sizes).items()}
-        known.update((lookup, self.counts[name]) for name, lookup in self._lookups.items() if name in self.counts)
+        known.update((lookup, self.counts[name]) for name, (_, lookup) in self._lookups.items() if name in self.counts)
         for atom in expr.atoms():
             if atom in known:
                 continue
             if not isinstance(atom, (Axis, Lookup)):
                 raise SpecError(expr.error("parameters have a fixed shape: their axes have names", atom))
             name = atom.name if isinstance(atom, Axis) else atom.label
-            what, where = ("size of axis", "sizes") if isinstance(atom, Axis) else ("number of values of label", "labels")
+            what, where = (
+                ("size of axis", "sizes") if isinstance(atom, Axis) else ("number of values of label", "labels")
+            )
             told = {**self.sizes, **self.counts}
             raise SpecError(
                 expr.error(
@@ -241,9 +246,13 @@ class Norm(nn.Module):
             shift = None if shift is None else shift * weight
         if bias is not None:
             shift = bias if shift is None else shift + bias
-        return both.expr, *(None if p is None else p.expand(both.shape) for p in (scale, shift))
+        scale, shift = (None if p is None else p.expand(both.shape) for p in (scale, shift))
+        return both.expr, scale, shift
 
     # --- labels
+
+    def _as_partition(self, name: str, value: object, count: int | None = None) -> Partition:
+        return as_partition(*self._lookups[name], value, count)
 
     def _partition(self, name: str) -> Partition:
         """A static label, from its buffer: built again when the buffer moved or was loaded."""
@@ -251,7 +260,7 @@ class Norm(nn.Module):
         version = 0 if buffer.is_inference() else buffer._version
         built = self._built.get(name)
         if built is None or built[0] is not buffer or built[1] != version:
-            built = (buffer, version, as_partition(self.spec, name, buffer, self.counts[name]))
+            built = (buffer, version, self._as_partition(name, buffer, self.counts[name]))
             self._built[name] = built
         return built[2]
 
@@ -287,7 +296,10 @@ class Norm(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(norm)` shows."""
-        said = [repr(str(self.spec)), *(f"{name}={size}" for name, size in self.sizes.items())]
+        said = [repr(str(self.spec))]
+        said += [f"{name}={size}" for name, size in self.sizes.items() if name.isidentifier()]
+        compositions = {name: size for name, size in self.sizes.items() if not name.isidentifier()}
+        said += [f"sizes={compositions}"] if compositions else []
         said += [f"{name}={self._static.get(name, count)}" for name, count in self.counts.items()]
         said += [f"{name}='{expr}'" for name, expr in self._exprs() if expr is not None]
         said += [f"{name}={list(p.shape)}" for name, p in self.named_parameters(recurse=False)]
@@ -305,18 +317,18 @@ def _buffer(label: str) -> str:
     return f"{label}_ids"
 
 
-class given:
+class given:  # noqa: N801  # read as a word: with given(mask=m)
     """Masks and labels for norms nested where nobody passes arguments on, as in `nn.Sequential`.
 
-    Every `Norm` called inside takes the mask, if its pattern has one, and the labels it reads. What is passed explicitly wins, an
-    inner `given` wins over an outer one, and what does not fit a layer is an error that names the layer.
+    Every `Norm` called inside takes the mask, if its pattern has one, and the labels it reads. What is passed
+    explicitly wins, an inner `given` wins over an outer one; what does not fit a layer is an error that names the layer.
 
     Args:
         mask: for every norm whose pattern has a mask.
         **labels: by the names that the patterns give them.
 
-    Activation checkpointing computes layers again during backward. Call `backward()` inside of the block, or hand on what is given
-    with `torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=given.context_fn)`.
+    Activation checkpointing computes layers again during backward. Call `backward()` inside of the block, or hand on
+    what is given: `torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=given.context_fn)`.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), Norm("v c -> graph[v] c"), nn.ReLU())
     >>> with given(graph=torch.tensor([0, 0, 1])):

@@ -45,13 +45,10 @@ class Partition:
     def __init__(self, ids: Tensor, count: int | None = None) -> None:
         _check_integers(ids, "ids")
         ids = ids.detach().to(torch.int64, copy=True)  # a copy: nobody can change it behind our back
-        if count is None:
-            count = int(ids.max()) + 1 if ids.numel() else 0
-        else:
-            count = whole(count, "count")
-        _check_range(ids, count)
+        least = (int(ids.max()) + 1 if ids.numel() else 0) if count is None else whole(count, "count")
+        _check_range(ids, least)
         object.__setattr__(self, "ids", ids)
-        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "count", least)
 
     @classmethod
     def from_sizes(cls, sizes: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Partition:
@@ -160,7 +157,7 @@ def _rebuilt(ids: Tensor, count: int) -> Partition:
 pytree.register_pytree_node(
     Partition,
     lambda partition: ([partition.ids], partition.count),
-    lambda leaves, count: Partition._made(*leaves, count),
+    lambda leaves, count: Partition._made(next(iter(leaves)), count),
     serialized_type_name="flexnorm.Partition",
 )
 

@@ -1,11 +1,10 @@
 """Which set every element is in.
 
-`bind` gives every axis of a pattern its size. `Sets` then knows, for one expression over those axes (the statistics, a
-mask, a parameter), how to go from elements to sets and back: `sum`, `max` and `spread`. Both live in the *elementary
-view*: one dimension for every axis of the left side, compositions split, unit axes dropped. A tensor over the sets
-keeps that rank and has size 1 along every pooled axis; the axes that labels consume are merged into one, at the place of
-the first of them, which counts the label's values. So dense patterns are plain broadcasting, and a label costs one
-`index_add`.
+`Sets` knows, for one expression over the axes of x (the statistics, a mask, a parameter), how to go from elements to
+sets and back: `sum`, `max` and `spread`. It does so in the *elementary view*: one dimension for every axis of the left
+side, compositions split, unit axes dropped. A tensor over the sets keeps that rank and has size 1 along every pooled
+axis; the axes that labels consume are merged into one, at the place of the first of them, which counts the label's
+values. So dense patterns are plain broadcasting, and a label costs one `index_add`.
 """
 
 from __future__ import annotations
@@ -18,198 +17,11 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from .errors import ShapeError, SpecError, nearest, say
+from .axes import Axes
 from .partition import Partition
-from .spec import Atom, Axis, Dots, Expr, Fixed, Group, Lookup, Spec, keyword
+from .spec import Atom, Expr, Group, Lookup
 
-Sizes = Mapping[str, int]
 Labels = Mapping[str, Partition]
-
-
-@dataclass(frozen=True)
-class Axes:
-    """The axes of a pattern with their sizes in one tensor: the elementary view.
-
-    `names` holds one entry for every elementary axis: its name, a number for an axis without a name, "..." for each axis
-    of the ellipsis. `places` says where every atom of the left side lies among them.
-    """
-
-    spec: Spec
-    shape: tuple[int, ...]  # of x itself
-    names: tuple[str, ...]
-    sizes: tuple[int, ...]  # the elementary shape
-    dots: tuple[int, ...]  # places of the axes of the ellipsis
-
-    @cached_property
-    def place(self) -> dict[str, int]:
-        return {name: place for place, name in enumerate(self.names) if name.isidentifier()}
-
-    @property
-    def rank(self) -> int:
-        return len(self.sizes)
-
-    def places(self, atoms: Iterable[Atom]) -> tuple[int, ...]:
-        """Where the axes of these atoms lie, in their own order."""
-        found: list[int] = []
-        for atom in atoms:
-            if isinstance(atom, Axis):
-                found.append(self.place[atom.name])
-            elif isinstance(atom, Dots):
-                found.extend(self.dots)
-        return tuple(found)
-
-    def known(self) -> str:
-        return ", ".join(f"{name}={size}" for name, size in zip(self.names, self.sizes, strict=True)) or "no axes"
-
-
-# --- sizes of axes ---------------------------------------------------------------------------------------------------
-
-
-def solve(spec: Spec, sizes: Sizes, names: Iterable[str] = ()) -> dict[str, int]:
-    """What `sizes` says about the axes of the left side: sizes of axes, and of compositions like "(g c)".
-
-    `names` are further names that the caller knows, for the error that meets a name nobody knows.
-    """
-    compositions: dict[Group, int] = {}
-    known: dict[str, int] = {}
-    axes = [axis.name for axis in spec.x.axes()]
-    for key, size in sizes.items():
-        element = None if key in axes else spec.read_composition(key)
-        if key not in axes and element is None:
-            choices = [*axes, *(str(e) for e in spec.x.elements if isinstance(e, Group) and e.atoms), *names]
-            near = nearest(key, choices)
-            raise SpecError(
-                say(
-                    f"{key!r} is no axis and no composition of the pattern",
-                    text=spec.text,
-                    received=f"{key}={size!r}; the pattern has {', '.join(choices) or 'no names'}",
-                    instead=f"{near}={size!r}" if near and near.isidentifier() else None,
-                )
-            )
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 0:
-            raise SpecError(
-                say(f"the size of {key!r} is a whole number of 0 or more", text=spec.text, received=repr(size))
-            )
-        if isinstance(element, Group):
-            compositions[element] = size
-        else:
-            known[str(element or key)] = size
-    for group, size in compositions.items():
-        _split(spec, group, size, known, f"sizes={{{str(group)!r}: {size}}}")
-    return known
-
-
-def _split(spec: Spec, group: Group, size: int, known: dict[str, int], received: str) -> None:
-    """Adds to `known` what the size of a composition says about its axes."""
-    unknown = [atom for atom in group.atoms if isinstance(atom, Axis) and atom.name not in known]
-    parts = [atom.size if isinstance(atom, Fixed) else known.get(str(atom), 1) for atom in group.atoms]
-    product = math.prod(parts)
-    told = ", ".join(f"{atom}={known[str(atom)]}" for atom in group.atoms if str(atom) in known)
-    if len(unknown) > 1:
-        first = unknown[0].name
-        typed = keyword(first, _divisors(size)[-1] if size else 1, "sizes")
-        raise ShapeError(
-            spec.x.error(
-                f"{group} is split into its axes when all sizes but one are known",
-                *unknown,
-                received=f"{received}{'; ' if told else ''}{told}; "
-                f"not known: {', '.join(axis.name for axis in unknown)}",
-                instead=f"{typed}; the divisors of {size} are {_listed(_divisors(size))}",
-            )
-        )
-    if not unknown:
-        if product != size:
-            raise ShapeError(
-                spec.x.error(
-                    f"the sizes of {group} multiply to {product}, and its size is {size}",
-                    group,
-                    received=f"{received}; {told}",
-                )
-            )
-        return
-    if product == 0 or size % product:
-        raise ShapeError(
-            spec.x.error(
-                f"{group} has size {size}, which is not divisible by {product}",
-                group,
-                received=f"{received}; {told or group}",
-                instead=f"one of the divisors of {size}: {_listed(_divisors(size))}",
-            )
-        )
-    known[unknown[0].name] = size // product
-
-
-@lru_cache(maxsize=4096)
-def bind(spec: Spec, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...] = ()) -> Axes:
-    """Gives every axis of the left side its size in a tensor of this shape. `sizes` are those that the user told."""
-    known = solve(spec, dict(sizes))
-    told = dict(known)
-    elements = spec.x.elements
-    dots = sum(isinstance(element, Dots) for element in elements)
-    if len(elements) - dots > len(shape) or (not dots and len(elements) != len(shape)):
-        named = f"{len(elements) - dots}{' or more' if dots else ''}"
-        raise ShapeError(
-            spec.x.error(
-                f"the left side names every axis of x; it names {named}, and x has {len(shape)}",
-                *elements,
-                received=f"x of shape {shape}",
-                instead=None if dots else 'name every axis, or write "..." for those that need no name',
-            )
-        )
-    names: list[str] = []
-    result: list[int] = []
-    dotted: list[int] = []
-    place = 0
-    for element in elements:
-        if isinstance(element, Dots):
-            for _ in range(len(shape) - len(elements) + 1):
-                dotted.append(len(names))
-                names.append("...")
-                result.append(shape[place])
-                place += 1
-            continue
-        size = shape[place]
-        if isinstance(element, Group):
-            if not element.atoms and size != 1:
-                raise ShapeError(
-                    spec.x.error("1 and () stand for an axis of size 1", element, received=f"x of shape {shape}")
-                )
-            if element.atoms:
-                _split(spec, element, size, known, f"x of shape {shape}")
-        elif isinstance(element, Axis) and known.setdefault(element.name, size) != size:
-            raise ShapeError(
-                spec.x.error(
-                    f"axis {element.name!r} has size {size} in x, and {told[element.name]} was given",
-                    element,
-                    received=f"x of shape {shape}; {element.name}={told[element.name]}",
-                )
-            )
-        elif isinstance(element, Fixed) and element.size != size:
-            raise ShapeError(
-                spec.x.error(
-                    f"the pattern says size {element.size}, and x has {size} there",
-                    element,
-                    received=f"x of shape {shape}",
-                )
-            )
-        for atom in element.atoms if isinstance(element, Group) else (element,):
-            names.append(str(atom))
-            result.append(atom.size if isinstance(atom, Fixed) else known[str(atom)])
-        place += 1
-    return Axes(spec, shape, tuple(names), tuple(result), tuple(dotted))
-
-
-def _divisors(size: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
-    return small + [size // d for d in reversed(small) if d * d != size]
-
-
-def _listed(values: list[int], most: int = 12) -> str:
-    shown = [str(value) for value in values]
-    return ", ".join(shown if len(shown) <= most else [*shown[: most - 1], "...", shown[-1]])
-
-
-# --- from elements to sets and back ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,7 +88,7 @@ class Sets:
 
     @cached_property
     def _written(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The internal shape with every merge opened, and its dimensions in the order of the expression, pooled ones last."""
+        """The internal shape with merges opened, and its dimensions as the expression orders them, pooled ones last."""
         opened: list[int] = []
         at: dict[int | Lookup, int] = {}
         merges = {merge.places[0]: merge for merge in self.merges}
@@ -302,7 +114,7 @@ class Sets:
         return t.permute(_inverse(order)).reshape(self.internal_shape)
 
     def over(self, t: Tensor, wider: Sets) -> Tensor:
-        """A tensor shaped as this expression writes it, as one that broadcasts over an expression with these atoms and more."""
+        """A tensor as this expression writes it, made to broadcast over an expression with these atoms and more."""
         own, all_ = _terms(self.axes, self.expr), _terms(wider.axes, wider.expr)
         sizes = {term: self._sizes_of(term) if isinstance(term, Lookup) else (self.axes.sizes[term],) for term in own}
         t = t.reshape([size for term in own for size in sizes[term]])
@@ -356,7 +168,7 @@ class Sets:
                 t = t.reshape([size for d, size in enumerate(t.shape) if d not in others])
             t = t.index_select(place, merge.ids)
             if others:
-                t = t.unflatten(place, [self.axes.sizes[p] for p in merge.places])
+                t = t.reshape(*t.shape[:place], *(self.axes.sizes[p] for p in merge.places), *t.shape[place + 1 :])
                 t = t.permute(_inverse(merge.order))
         return t
 
@@ -374,17 +186,11 @@ class Sets:
 
 
 def sets_of(axes: Axes, expr: Expr, labels: Labels | None = None) -> Sets:
-    """The sets that `expr` names over these axes; `labels` holds a `Partition` for each label in it.
-
-    Raises:
-        ShapeError: a label's shape is not that of the axes it is read at.
-    """
+    """The sets that `expr` names; `labels` holds a `Partition` of the right shape for each label in it."""
     lookups = tuple(expr.lookups())
     if not lookups:
         return _dense(axes, expr)
     assert labels is not None
-    for lookup in lookups:
-        _check_label(axes, expr, lookup, labels[lookup.label])
     kept = frozenset(term for term in _terms(axes, expr) if isinstance(term, int))
     merges = tuple(_merge(axes, expr, group, kept, labels) for group in _connected(axes, lookups))
     return Sets(axes, expr, kept.difference(*(merge.places for merge in merges)), merges, labels)
@@ -435,19 +241,6 @@ def _merge(axes: Axes, expr: Expr, group: set[int], kept: frozenset[int], labels
     before = [p for p in range(axes.rank) if p < places[0]]
     after = [p for p in range(axes.rank) if p > places[0] and p not in places]
     return Merge(places, terms, sizes, ids, (*before, *places, *after))
-
-
-def _check_label(axes: Axes, expr: Expr, lookup: Lookup, label: Partition) -> None:
-    expected = tuple(axes.sizes[place] for place in axes.places(lookup.axes))
-    if tuple(label.shape) != expected:
-        names = " ".join(map(str, lookup.axes))
-        raise ShapeError(
-            expr.error(
-                f"label {lookup.label!r} holds an id for every index of its axes ({names}): shape {expected}",
-                lookup,
-                received=f"ids of shape {tuple(label.shape)}; {axes.known()}",
-            )
-        )
 
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ from functools import lru_cache
 
 from .errors import Span, SpecError, nearest, say
 
-
 RESERVED = frozenset(
     "activation affine bias center conditional device dtype eps input labels mask moments momentum pattern "
     "process_group scale sharded sizes track_running_stats weight x".split()
@@ -127,13 +126,9 @@ class Expr:
         """The atoms as a person would list them in an error."""
         return ", ".join(map(str, self.atoms())) or "no axis"
 
-    def error(
-        self, rule: str, *parts: Element, received: str | None = None, instead: str | None = None
-    ) -> str:
+    def error(self, rule: str, *parts: Element, received: str | None = None, instead: str | None = None) -> str:
         """An error's text that points at `parts` of this expression."""
-        return say(
-            rule, text=self.text, spans=[part.span for part in parts], received=received, instead=instead
-        )
+        return say(rule, text=self.text, spans=[part.span for part in parts], received=received, instead=instead)
 
 
 @dataclass(frozen=True)
@@ -216,9 +211,7 @@ class _Reader:
         self.what = what
         self.tokens = list(self._tokens())
 
-    def fail(
-        self, rule: str, *spans: Span, received: str | None = None, instead: str | None = None
-    ) -> SpecError:
+    def fail(self, rule: str, *spans: Span, received: str | None = None, instead: str | None = None) -> SpecError:
         return SpecError(say(rule, text=self.text, spans=spans, received=received, instead=instead))
 
     def _tokens(self) -> Iterator[_Token]:
@@ -227,7 +220,7 @@ class _Reader:
             match = _TOKEN.match(self.text, place)
             if match is None:
                 raise self.fail(
-                    f"{self.what} has names, numbers, ( ), [ ], ..., one comma and ->; {self.text[place]!r} is none of these",
+                    f"{self.what} has names, numbers, ( ), [ ], ..., one comma and ->, and no {self.text[place]!r}",
                     (place, place + 1),
                     instead=_HINTS.get(self.text[place]),
                 )
@@ -257,9 +250,7 @@ class _Reader:
                 group, opened = [], token.span
             elif token.text == ")":
                 if group is None:
-                    raise self.fail(
-                        "this ) closes nothing", token.span, instead="remove it, or add the ( before it"
-                    )
+                    raise self.fail("this ) closes nothing", token.span, instead="remove it, or add the ( before it")
                 elements.append(_compose(group, (opened[0], token.span[1])))
                 group = None
             elif token.kind == "word" and following is not None and following.text == "[":
@@ -277,13 +268,9 @@ class _Reader:
             elif token.kind == "dots" or token.kind == "word":
                 (elements if group is None else group).append(self.atom(token))
             elif token.text == "[":
-                raise self.fail(
-                    "a [ follows the name of a label", token.span, instead="label[axis], as in graph[v]"
-                )
+                raise self.fail("a [ follows the name of a label", token.span, instead="label[axis], as in graph[v]")
             elif token.text == "]":
-                raise self.fail(
-                    "this ] closes nothing", token.span, instead="remove it, or add the label[ before it"
-                )
+                raise self.fail("this ] closes nothing", token.span, instead="remove it, or add the label[ before it")
             else:
                 raise self.fail(f"{token.text!r} cannot stand here", token.span)
         if group is not None:
@@ -311,7 +298,7 @@ class _Reader:
     def name(self, token: _Token, what: str) -> str:
         if not token.text.isidentifier() or token.text[0] == "_" or token.text[-1] == "_":
             raise self.fail(
-                f"the name of {what} starts with a letter, goes on with letters, digits and _, and ends with a letter or digit",
+                f"the name of {what} is made of letters, digits and _, starting with a letter and not ending with _",
                 token.span,
                 received=repr(token.text),
             )

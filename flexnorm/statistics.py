@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .axes import bind
 from .errors import ShapeError, SpecError, say
 from .partition import Partition
-from .sets import Sets, bind, sets_of
+from .sets import Sets, sets_of
 from .spec import Spec
 
 
@@ -71,7 +72,7 @@ class Moments:
     def coarsen(self, pattern: str, **labels: Partition) -> Moments:
         """The moments of larger sets: `m.coarsen("n c -> n")` of moments that stand per n and c.
 
-        The left side names the axes of these moments, the right side those of the result; labels work as in `normalize`.
+        The left side names the axes of these moments, the right side those of the result; labels are as in `normalize`.
 
         >>> m = Moments(torch.tensor([1, 3]), torch.tensor([0.0, 4.0]), torch.tensor([0.0, 6.0]))
         >>> m.coarsen("n -> ")
@@ -110,16 +111,14 @@ class Moments:
         """From the shape that the expression of these sets writes to the internal one, in the dtype of statistics."""
         mean = self.mean.to(dtype)
         low = (self.mean - mean).to(dtype) + self._low.to(dtype)
-        return Moments(
-            sets.inward(self.count), sets.inward(mean), sets.inward(self.m2.to(dtype)), sets.inward(low)
-        )
+        return Moments(sets.inward(self.count), sets.inward(mean), sets.inward(self.m2.to(dtype)), sets.inward(low))
 
     @property
     def _low(self) -> Tensor:
         return torch.zeros_like(self.mean) if self.low is None else self.low
 
     def __repr__(self) -> str:
-        return f"Moments(count={self.count}, mean={self.mean}, m2={self.m2})"
+        return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
 
 
 pytree.register_pytree_node(
@@ -162,9 +161,7 @@ def pool_about_zero(sets: Sets, count: Tensor | None, x: Tensor) -> Moments:
     return Moments(n, torch.zeros((1,) * sets.axes.rank, dtype=x.dtype, device=x.device), sets.sum(weight(x) * x))
 
 
-def _counted(
-    sets: Sets, count: Tensor | None, x: Tensor
-) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+def _counted(sets: Sets, count: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
     """The count of every set, what to divide by, and how to weigh an element."""
     if count is None:
         n = sets.sum(torch.ones((1,) * sets.axes.rank, dtype=torch.int64, device=x.device))

@@ -6,6 +6,8 @@ the first is asked for. Functions of the interface are documented there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,8 @@ def forward(
 
 
 def statistics(recipe: Recipe, x: Tensor, mask: Tensor | None) -> Moments:
-    values, weights = _values(recipe, x, mask), _inward_mask(recipe, mask)
+    values = _values(recipe, x, mask)
+    weights = _counts(recipe, mask, values.dtype)
     if weights is not None and not recipe.membership:
         # What weighs nothing is in no statistic, not even if it is NaN, as 0 * NaN would be.
         values = values.where((weights > 0) | values.isfinite(), 0.0)
@@ -90,7 +93,7 @@ def backward_dx(
             rest = xhat * xhat - sets.spread(moments.var * factor * factor)
             dw = xhat * sets.spread(mean_g) + 0.5 * rest * sets.spread(mean_gx)
             dmask = recipe.mask.outward(recipe.mask.sum(-dw)).to(mask.dtype)
-            through = through * recipe.mask.inward(mask).to(through.dtype)
+            through = through * _counts(recipe, mask, through.dtype)
         g = g - through
     return _outward(recipe, g * sets.spread(factor), x, mask), dmask
 
@@ -115,7 +118,7 @@ def inverse_sigma(recipe: Recipe, moments: Moments) -> Tensor:
     return v.where(usable, 1.0).rsqrt().where(usable, 0.0)
 
 
-ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
 
 def _normalized(recipe: Recipe, values: Tensor, moments: Moments) -> Tensor:
@@ -136,9 +139,7 @@ def _affine(recipe: Recipe, xhat: Tensor, weight: Tensor | None, bias: Tensor | 
     return xhat
 
 
-def _through_activation(
-    recipe: Recipe, dy: Tensor, xhat: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def _through_activation(recipe: Recipe, dy: Tensor, xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if recipe.activation is None:
         return dy
     higher = torch.is_grad_enabled()
@@ -154,16 +155,15 @@ def _spread_param(recipe: Recipe, param: Tensor, dtype: torch.dtype) -> Tensor:
     return recipe.params.spread(recipe.params.inward(param.to(dtype)))
 
 
-def _inward_mask(recipe: Recipe, mask: Tensor | None) -> Tensor | None:
-    """The mask in the elementary view, as the count that it gives every element."""
+def _counts(recipe: Recipe, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """How much every element counts, in the elementary view: whole numbers, or weights in the dtype of statistics."""
     if recipe.mask is None or mask is None:
         return None
-    mask = recipe.mask.inward(mask)
-    return mask.to(torch.int64) if recipe.membership else mask
+    return recipe.mask.inward(mask).to(torch.int64 if recipe.membership else dtype)
 
 
 def _values(recipe: Recipe, t: Tensor, mask: Tensor | None) -> Tensor:
-    """x or dy in the elementary view and the dtype of statistics; elements outside are replaced before any arithmetic."""
+    """x or dy in the elementary view and the dtype of statistics; what is outside is replaced before any arithmetic."""
     t = t.reshape(recipe.sets.axes.sizes).to(stat_dtype(t.dtype))
     if recipe.membership:
         assert recipe.mask is not None and mask is not None

@@ -39,10 +39,11 @@ class Sums(NamedTuple):
 
 
 class Room(Protocol):
-    """The five entry points. x, dy, y and dx have x's own shape; mask, weight and bias the shapes that the pattern writes;
-    moments and sums over sets the internal shape of `recipe.sets`. With `center=False` the moments are those about zero.
+    """The five entry points.
 
-    Nothing is modified. Statistics and sums are in `stat_dtype(x.dtype)`; y and dx have x's dtype and memory format.
+    x, dy, y and dx have x's own shape; mask, weight and bias the shapes that the pattern writes; moments and sums over
+    sets the internal shape of `recipe.sets`. With `center=False` the moments are those about zero. Nothing is modified.
+    Statistics and sums are in `stat_dtype(x.dtype)`; y and dx have x's dtype and memory format.
     """
 
     def forward(

@@ -1,18 +1,18 @@
 """torch's own fused operations, where they compute exactly the same thing and are exact.
 
 `layer_norm` and `rms_norm`, forward without gradient, for sets that are whole rows. Not here: `group_norm` and
-`batch_norm`, which fold x * a + b (a constant 1000.3 with weight and bias gives 0.008 and not 0), and in channels-last on
-CPU lose every digit at mean 1000; and the backward of `layer_norm`, which knows the mean to float32 only (relative error of
-dx at mean 1e4, std 0.1: 1e-2).
+`batch_norm`, which fold x * a + b (a constant 1000.3 with weight and bias gives 0.008 and not 0), and in channels-last
+on CPU lose every digit at mean 1000; and the backward of `layer_norm`, which knows the mean to float32 only (relative
+error of dx at mean 1e4, std 0.1: 1e-2).
 """
 
 from __future__ import annotations
 
-import torch
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..canonical import cut
 from .interface import Recipe
 
 
@@ -31,13 +31,11 @@ def refusal(recipe: Recipe, x: Tensor, weight: Tensor | None, bias: Tensor | Non
         return "torch divides by zero where the variance is 0 and eps is not above 0"
     if x.numel() == 0 or not x.is_contiguous():
         return "not contiguous, or empty"
-    if not _sets_are_rows(sets.axes.sizes, sets.kept):
+    kept, pooled = _kept_and_pooled(recipe)
+    if not pooled or (kept and max(kept) > min(pooled)):
         return "the pooled axes are not the innermost ones"
     if params is not None:
-        if _real(sets.axes.sizes, params.kept) & _real(sets.axes.sizes, sets.kept) or any(
-            size != 1 and place not in params.kept and place not in sets.kept
-            for place, size in enumerate(sets.axes.sizes)
-        ):
+        if {place for place in (*kept, *pooled) if place in params.kept} != set(pooled):
             return "the parameters do not lie on the pooled axes"
         if any(p is not None and p.dtype != x.dtype for p in (weight, bias)):
             return "the parameters have another dtype"
@@ -48,8 +46,8 @@ def refusal(recipe: Recipe, x: Tensor, weight: Tensor | None, bias: Tensor | Non
 
 def forward(recipe: Recipe, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """y, for a recipe that `refusal` does not refuse."""
-    rows, columns = cut(recipe.sets.axes.sizes, _contiguous(recipe), recipe.sets).shape
-    flat = x.reshape(rows, columns)
+    columns = math.prod(recipe.sets.axes.sizes[place] for place in _kept_and_pooled(recipe)[1])
+    flat = x.reshape(-1, columns)
     if recipe.params is not None:
         weight, bias = (None if p is None else recipe.params.inward(p).reshape(columns) for p in (weight, bias))
     if recipe.center:
@@ -59,16 +57,8 @@ def forward(recipe: Recipe, x: Tensor, weight: Tensor | None, bias: Tensor | Non
     return y.to(x.dtype).view(x.shape)
 
 
-def _contiguous(recipe: Recipe) -> tuple[int, ...]:
-    return torch.empty(recipe.sets.axes.sizes, device="meta").stride()
-
-
-def _sets_are_rows(sizes: tuple[int, ...], kept: frozenset[int]) -> bool:
-    """Whether no pooled axis stands before a kept one, axes of size 1 aside."""
-    outer = _real(sizes, kept)
-    pooled = {place for place, size in enumerate(sizes) if size != 1} - outer
-    return not outer or not pooled or max(outer) < min(pooled)
-
-
-def _real(sizes: tuple[int, ...], places: frozenset[int]) -> set[int]:
-    return {place for place in places if sizes[place] != 1}
+def _kept_and_pooled(recipe: Recipe) -> tuple[list[int], list[int]]:
+    """The places of both kinds of axes, those of size 1 aside, as they are both or neither."""
+    sizes, kept = recipe.sets.axes.sizes, recipe.sets.kept
+    real = [place for place, size in enumerate(sizes) if size != 1]
+    return [place for place in real if place in kept], [place for place in real if place not in kept]
