@@ -156,7 +156,7 @@ def run(
         recipe, x, weight, bias, differentiated=differentiated, transformed=transformed, external=given is not None
     )
     if plan.room == "native":
-        return native.forward(recipe, x, weight, bias)
+        return native.forward(recipe, x, weight)
     if differentiated and not transformed:
         fields = (None,) * 4 if given is None else (given.count, given.mean, given.m2, given.low)
         return _Normalize.apply(recipe, x, mask, weight, bias, *fields)  # type: ignore[no-any-return, no-untyped-call]

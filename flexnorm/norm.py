@@ -321,7 +321,7 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
     """Masks and labels for norms nested where nobody passes arguments on, as in `nn.Sequential`.
 
     Every `Norm` called inside takes the mask, if its pattern has one, and the labels it reads. What is passed
-    explicitly wins, an inner `given` wins over an outer one; what does not fit a layer is an error that names the layer.
+    explicitly wins, an inner `given` wins over an outer one; what does not fit is an error that names the layer.
 
     Args:
         mask: for every norm whose pattern has a mask.

@@ -1,4 +1,4 @@
-"""The table of good cases that many tests walk: every row of the design's pattern table, and what stands between them."""
+"""The table of good cases that many tests walk: every row of the pattern table, and what stands between them."""
 
 from dataclasses import dataclass, field
 
@@ -74,9 +74,7 @@ CASES = [
     Case("features_per_node", "v (g c) -> v g", (6, 8), {"g": 2}),
     Case("nodes_per_feature", "v c -> part[v] c", (8, 3), labels={"part": ((8,), 3)}, affine="c", parameter=(3,)),
     Case("graph_group", "v (g c) -> graph[v] g", (10, 6), {"g": 3}, {"graph": ((10,), 4)}),
-    Case(
-        "node_types", "v c -> type[v] c", (9, 3), labels={"type": ((9,), 4)}, affine="type[v] c", parameter=(4, 3)
-    ),
+    Case("node_types", "v c -> type[v] c", (9, 3), labels={"type": ((9,), 4)}, affine="type[v] c", parameter=(4, 3)),
     Case("typed_layer", "v c -> v", (6, 4), labels={"type": ((6,), 3)}, affine="type[v] c", parameter=(3, 4)),
     Case("bands", "n c f t -> n c band[f]", (2, 2, 7, 3), labels={"band": ((7,), 3)}, affine="f", parameter=(7,)),
     Case(
@@ -103,7 +101,13 @@ CASES = [
     Case("voxels", "n c d h w, d -> n c", (2, 3, 4, 2, 2), mask=("float", (4,))),
     Case("weights", "b c t, b t -> b", (2, 3, 4), mask=("float", (2, 4)), affine="c", parameter=(3,)),
     Case(
-        "weighted_rms", "b c t, b c -> t", (3, 2, 4), mask=("float", (3, 2)), options={"center": False}, affine="c", parameter=(2,)
+        "weighted_rms",
+        "b c t, b c -> t",
+        (3, 2, 4),
+        mask=("float", (3, 2)),
+        options={"center": False},
+        affine="c",
+        parameter=(2,),
     ),
     Case("weighted_center", "b c t, b t -> c", (3, 2, 4), mask=("float", (3, 4)), options={"scale": False}),
     Case("weighted_labels", "v c, v -> graph[v]", (8, 3), labels={"graph": ((8,), 3)}, mask=("float", (8,))),
@@ -147,4 +151,5 @@ def arguments(case, *, seed=0, dtype=torch.float64, scale=1.0, offset=0.0, requi
 
 def leaves(x, kwargs):
     """The tensors that gradients are asked for."""
-    return [t for t in (x, kwargs.get("mask"), kwargs.get("weight"), kwargs.get("bias")) if t is not None and t.requires_grad]
+    tensors = (x, kwargs.get("mask"), kwargs.get("weight"), kwargs.get("bias"))
+    return [t for t in tensors if t is not None and t.requires_grad]

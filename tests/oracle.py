@@ -2,8 +2,8 @@
 
     for each set S of x:   y[S] = (x[S] - mean(x[S])) / sqrt(var(x[S]) + eps) * weight + bias
 
-Every function walks over all elements one by one, so keep tensors small. Gradients are those of torch's autograd through
-the sets, one after another.
+Every function walks over all elements one by one, so keep tensors small. Gradients are those of torch's autograd
+through the sets, one after another.
 """
 
 import itertools

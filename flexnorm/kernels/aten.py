@@ -41,7 +41,7 @@ def apply(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    y = _affine(recipe, _normalized(recipe, _values(recipe, x, mask), moments), weight, bias)
+    y = _affine(recipe, _normalized(recipe, x, mask, moments), weight, bias)
     if recipe.activation is not None:
         y = ACTIVATIONS[recipe.activation](y)
     return _outward(recipe, y, x, mask)
@@ -56,7 +56,7 @@ def backward_sums(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> Sums:
-    xhat = _normalized(recipe, _values(recipe, x, mask), moments)
+    xhat = _normalized(recipe, x, mask, moments)
     dz = _through_activation(recipe, _values(recipe, dy, mask), xhat, weight, bias)
     dweight = dbias = None
     if recipe.params is not None:
@@ -77,7 +77,7 @@ def backward_dx(
     sums: Sums | None,
 ) -> tuple[Tensor, Tensor | None]:
     sets = recipe.sets
-    xhat = _normalized(recipe, _values(recipe, x, mask), moments)
+    xhat = _normalized(recipe, x, mask, moments)
     dz = _through_activation(recipe, _values(recipe, dy, mask), xhat, weight, bias)
     g = dz if weight is None else dz * _spread_param(recipe, weight, dz.dtype)
     factor = inverse_sigma(recipe, moments)
@@ -87,13 +87,13 @@ def backward_dx(
         mean_g = sums.grad / n if recipe.center else torch.zeros_like(sums.grad)
         mean_gx = sums.grad_xhat / n if recipe.scale else torch.zeros_like(sums.grad_xhat)
         through = sets.spread(mean_g) + xhat * sets.spread(mean_gx)
-        if recipe.mask is not None and not recipe.membership:
-            assert mask is not None
+        weights = _counts(recipe, mask, xhat.dtype)
+        if recipe.mask is not None and mask is not None and weights is not None and not recipe.membership:
             # d var / d w_i = ((x_i - mean)^2 - var) / n, and d mean / d w_i = (x_i - mean) / n
             rest = xhat * xhat - sets.spread(moments.var * factor * factor)
             dw = xhat * sets.spread(mean_g) + 0.5 * rest * sets.spread(mean_gx)
             dmask = recipe.mask.outward(recipe.mask.sum(-dw)).to(mask.dtype)
-            through = through * _counts(recipe, mask, through.dtype)
+            through = through * weights
         g = g - through
     return _outward(recipe, g * sets.spread(factor), x, mask), dmask
 
@@ -121,13 +121,15 @@ def inverse_sigma(recipe: Recipe, moments: Moments) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
 
-def _normalized(recipe: Recipe, values: Tensor, moments: Moments) -> Tensor:
-    """(x - mean) / sigma, the mean subtracted in two steps as it is known to twice the precision."""
+def _normalized(recipe: Recipe, x: Tensor, mask: Tensor | None, moments: Moments) -> Tensor:
+    """(x - mean) / sigma, the mean subtracted in two steps as it is known to twice the precision; 0 outside the mask."""
     sets = recipe.sets
+    values = _values(recipe, x, mask)
     if recipe.center:
         values = values - sets.spread(moments.mean)
         if moments.low is not None:
             values = values - sets.spread(moments.low)
+        values = _inside(recipe, values, mask)  # 0 - mean would overflow in places where nobody looks
     return values * sets.spread(inverse_sigma(recipe, moments))
 
 
@@ -163,19 +165,21 @@ def _counts(recipe: Recipe, mask: Tensor | None, dtype: torch.dtype) -> Tensor |
 
 
 def _values(recipe: Recipe, t: Tensor, mask: Tensor | None) -> Tensor:
-    """x or dy in the elementary view and the dtype of statistics; what is outside is replaced before any arithmetic."""
+    """x or dy in the elementary view and the dtype of statistics; what is outside is 0 before any arithmetic."""
     t = t.reshape(recipe.sets.axes.sizes).to(stat_dtype(t.dtype))
-    if recipe.membership:
-        assert recipe.mask is not None and mask is not None
-        t = t.where(recipe.mask.inward(mask), 0.0)
-    return t
+    return _inside(recipe, t, mask)
+
+
+def _inside(recipe: Recipe, t: Tensor, mask: Tensor | None) -> Tensor:
+    """t, and 0 where a bool mask says that there is no element."""
+    if recipe.mask is None or mask is None or not recipe.membership:
+        return t
+    return t.where(recipe.mask.inward(mask), 0.0)
 
 
 def _outward(recipe: Recipe, t: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """y or dx in x's own shape, dtype and memory format, 0 outside the mask."""
-    if recipe.membership:
-        assert recipe.mask is not None and mask is not None
-        t = t.where(recipe.mask.inward(mask), 0.0)
+    t = _inside(recipe, t, mask)
     t = t.expand(recipe.sets.axes.sizes).to(x.dtype).reshape(x.shape)
     if t.stride() == x.stride():
         return t
