@@ -14,7 +14,7 @@ from .errors import ShapeError, SpecError, nearest, say
 from .kernels import Recipe, aten, stat_dtype
 from .partition import Partition
 from .sets import Sets, sets_of
-from .spec import Expr, Lookup, Spec, keyword
+from .spec import RESERVED, Expr, Lookup, Spec, keyword
 from .statistics import Moments
 
 Label = Tensor | Partition
@@ -70,7 +70,7 @@ def sort_names(
         (found if name in known else told)[name] = value
     for name, value in (*found.items(), *((n, v) for n, v in told.items() if n in names)):
         if name not in known and name not in axes:
-            near = nearest(name, [*axes, *known])
+            near = nearest(name, [*axes, *known, *RESERVED])
             raise SpecError(
                 say(
                     f"{name!r} is no axis and no label of the pattern, and no option",
@@ -109,7 +109,9 @@ def as_partition(expr: Expr, lookup: Lookup, value: Any, count: int | None = Non
                 f"label {name!r} is given as a tensor of ids, or as a Partition",
                 lookup,
                 received=f"{name}={value!r:.80}",
-                instead=f"{name}=Partition.from_sizes([2, 1]) for sizes, {name}=torch.tensor([0, 0, 1]) for ids",
+                instead=f"{name}=torch.from_numpy(ids)"
+                if hasattr(value, "__array__")
+                else f"{name}=Partition.from_sizes([2, 1]) for sizes, {name}=torch.tensor([0, 0, 1]) for ids",
             )
         )
     try:
@@ -133,13 +135,13 @@ def prepare(
     """Checks x, mask and labels against the pattern, and says what is to be computed."""
     _check_x(spec, x)
     axes = bind(spec, tuple(x.shape), tuple(sizes.items()))
+    mask_sets = None if mask is None else _check_mask(spec, axes, x, mask)
     for name, (expr, lookup) in label_names(spec, params).items():
         if name not in labels:
             instead = keyword(name, "ids", "labels")
             raise SpecError(expr.error(f"label {name!r} is read, and not given", lookup, instead=instead))
         _check_device(expr, (lookup,), f"label {name!r}", labels[name].device, x.device)
-        _check_shape(expr, (lookup,), f"label {name!r}", "an id for every index", lookup.axes, labels[name].shape, axes)
-    mask_sets = None if mask is None else _check_mask(spec, axes, x, mask)
+        _check_shape(expr, (lookup,), f"label {name!r}", "one id at every index", lookup.axes, labels[name].shape, axes)
     return Recipe(
         sets=sets_of(axes, spec.sets, labels),
         mask=mask_sets,
@@ -174,11 +176,12 @@ def _check_mask(spec: Spec, axes: Axes, x: Tensor, mask: Tensor) -> Sets:
     kind = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else f"{mask!r:.80}"
     if spec.mask is None:
         names = (isinstance(mask, Tensor) and axes.guess(mask.shape)) or "<axes of the mask>"
+        label = next((f", or {lookup.label}=ids if it is this label" for lookup in spec.sets.lookups()), "")
         raise SpecError(
             spec.sets.error(
                 "a mask is given, and the pattern does not say what its axes are",
                 received=f"{kind}, shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else kind,
-                instead=f'"{spec.x}, {names} -> {spec.sets}"',
+                instead=f'"{spec.x}, {names} -> {spec.sets}"{label}',
             )
         )
     where = spec.mask.elements
@@ -284,11 +287,17 @@ def _check_shape(
     if tuple(shape) != expected:
         named = " ".join(map(str, atoms))
         guess = axes.guess(shape)
+        if any(isinstance(part, Lookup) for part in parts):
+            instead = f"ids of shape {expected}" + (
+                f", or sizes that add up to {expected[0]}" if len(expected) == 1 else ""
+            )
+        else:
+            instead = f'"{guess}", if these are its axes' if guess else f"a tensor of shape {expected}"
         raise ShapeError(
             expr.error(
                 f"{what} has {which}, ({named}): shape {expected}",
                 *parts,
                 received=f"shape {tuple(shape)}; {axes.known()}",
-                instead=f'"{guess}", if these are its axes' if guess else f"a tensor of shape {expected}",
+                instead=instead,
             )
         )

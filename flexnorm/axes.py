@@ -126,7 +126,7 @@ def _split(spec: Spec, group: Group, size: int, known: dict[str, int], received:
                     f"the sizes of {group} multiply to {product}, and its size is {size}",
                     group,
                     received=f"{received}; {told}",
-                    instead="leave one of the sizes out, as it follows from the others",
+                    instead=f"sizes that multiply to {size}",
                 )
             )
         return

@@ -149,9 +149,9 @@ class Norm(nn.Module):
         try:
             return self._normalize(x, mask, weight, bias, moments, dynamic)
         except (SpecError, ShapeError) as error:
-            if not from_around:
+            if not around:
                 raise
-            raise type(error)(f"{error}\n  in:       {self}, with given({', '.join(from_around)})") from None
+            raise type(error)(f"{error}\n  in:       {self}, inside of given({', '.join(around)})") from None
 
     def _normalize(
         self,
@@ -197,12 +197,14 @@ class Norm(nn.Module):
                 ("size of axis", "sizes") if isinstance(atom, Axis) else ("number of values of label", "labels")
             )
             told = {**self.sizes, **self.counts}
+            holds = (str(e) for e in self.spec.x.elements if isinstance(e, Group) and atom in e.atoms)
+            composed = next((f', or the size of all: sizes={{"{group}": 64}}' for group in holds), "")
             raise SpecError(
                 expr.error(
                     f"the parameters need the {what} {name!r} when the layer is built",
                     atom,
                     received=", ".join(f"{k}={v}" for k, v in told.items()) or "no sizes",
-                    instead=keyword(name, 8, where),
+                    instead=keyword(name, 8, where) + composed,
                 )
             )
         return tuple(

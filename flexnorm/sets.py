@@ -132,8 +132,11 @@ class Sets:
         """Sum over every set. An axis along which t has size 1 and x has not is taken as expanded."""
         present = [place for place in self._pooled if t.shape[place] == self.axes.sizes[place]]
         repeats = math.prod(self.axes.sizes[place] for place in self._pooled if place not in present)
-        if present:
-            t = t.sum(present, keepdim=True)
+        while present:
+            # torch sums by a cascade along what is one axis in memory, and naively beyond: axis by axis, longest first.
+            axes = max(_runs(t, present), key=lambda run: math.prod(t.shape[place] for place in run))
+            t = t.sum(axes, keepdim=True)
+            present = [place for place in present if place not in axes]
         if repeats != 1:
             t = t * repeats
         for merge in self.merges:
@@ -241,6 +244,17 @@ def _merge(axes: Axes, expr: Expr, group: set[int], kept: frozenset[int], labels
     before = [p for p in range(axes.rank) if p < places[0]]
     after = [p for p in range(axes.rank) if p > places[0] and p not in places]
     return Merge(places, terms, sizes, ids, (*before, *places, *after))
+
+
+def _runs(t: Tensor, places: list[int]) -> list[list[int]]:
+    """These axes of t, those together that are one axis in memory."""
+    runs: list[list[int]] = []
+    for place in sorted(places, key=t.stride, reverse=True):
+        if runs and t.stride(runs[-1][-1]) == t.stride(place) * t.shape[place]:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
 
 
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .axes import bind
+from .axes import Sizes, bind
 from .errors import ShapeError, SpecError, say
 from .partition import Partition
 from .sets import Sets, sets_of
@@ -69,7 +69,7 @@ class Moments:
         )
         return pairs.coarsen("part ... -> ...")
 
-    def coarsen(self, pattern: str, **labels: Partition) -> Moments:
+    def coarsen(self, pattern: str, *, sizes: Sizes | None = None, **labels: Partition) -> Moments:
         """The moments of larger sets: `m.coarsen("n c -> n")` of moments that stand per n and c.
 
         The left side names the axes of these moments, the right side those of the result; labels are as in `normalize`.
@@ -92,7 +92,7 @@ class Moments:
                     instead=f"m.coarsen(pattern, {name}=Partition(ids))",
                 )
             )
-        axes = bind(spec, tuple(self.mean.shape))
+        axes = bind(spec, tuple(self.mean.shape), tuple((sizes or {}).items()))
         sets = sets_of(axes, spec.sets, labels)
         parts = [t.reshape(axes.sizes) for t in (self.count, self.mean, self.m2, self._low)]
         merged = pool(sets, parts[0], parts[1], m2=parts[2], low=parts[3])

@@ -122,7 +122,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.
 
 
 def _normalized(recipe: Recipe, x: Tensor, mask: Tensor | None, moments: Moments) -> Tensor:
-    """(x - mean) / sigma, the mean subtracted in two steps as it is known to twice the precision; 0 outside the mask."""
+    """(x - mean) / sigma, the mean subtracted in two steps as it is known to twice the precision; 0 outside."""
     sets = recipe.sets
     values = _values(recipe, x, mask)
     if recipe.center:
@@ -165,7 +165,7 @@ def _counts(recipe: Recipe, mask: Tensor | None, dtype: torch.dtype) -> Tensor |
 
 
 def _values(recipe: Recipe, t: Tensor, mask: Tensor | None) -> Tensor:
-    """x or dy in the elementary view and the dtype of statistics; what is outside is 0 before any arithmetic."""
+    """x or dy in the elementary view and the dtype of statistics; what is outside is 0 at once."""
     t = t.reshape(recipe.sets.axes.sizes).to(stat_dtype(t.dtype))
     return _inside(recipe, t, mask)
 

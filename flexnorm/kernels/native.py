@@ -1,9 +1,9 @@
 """torch's own fused operations, where they compute exactly the same thing and are exact: `rms_norm`.
 
 `layer_norm`, `group_norm` and `batch_norm` are not here. They keep the mean in float32, so at mean 1000 and std 1 their
-results are off by 7e-5 where the composition is off by 5e-7, and an answer must not depend on the memory layout or on
-whether a gradient is asked for, which choose the room. `group_norm` and `batch_norm` moreover fold x * a + b (a constant
-1000.3 gives 0.008 and not 0), and in channels-last on CPU lose every digit at mean 1000.
+results are off by 7e-5 where the composition is off by 5e-7, and a result must not depend on the memory layout or on
+whether a gradient is asked for, which choose the room. `group_norm` and `batch_norm` moreover fold x * a + b (a
+constant 1000.3 gives 0.008 and not 0), and in channels-last on CPU lose every digit at mean 1000.
 """
 
 from __future__ import annotations

@@ -1,0 +1,156 @@
+"""The rooms: what they save, that they agree, and what the plan says."""
+
+import cases
+import pytest
+import torch
+
+from flexnorm import Partition, normalize
+from flexnorm.arguments import Options, prepare
+from flexnorm.kernels import Plan, aten, choose, native, stat_dtype
+from flexnorm.spec import Spec
+
+
+def recipe_for(pattern, x, *, mask=None, affine=None, sizes=None, labels=None, **options):
+    spec = Spec.parse(pattern)
+    params = spec.read(affine, "affine") if affine else None
+    return prepare(spec, x, mask, Options(**options), params, sizes or {}, labels or {})
+
+
+def saved(f):
+    """Bytes of every distinct storage that autograd saves."""
+    storages = {}
+
+    def pack(t):
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = f()
+    return y, storages
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("pattern", "options"),
+    [
+        ("n (g c) h w -> n g", {}),
+        ("n (g c) h w, n h w -> n g", {}),
+        ("n (g c) h w -> n region[n h w]", {}),
+        ("n (g c) h w -> n region[n h w] g", {"activation": "silu"}),
+        ("n (g c) h w, n h w -> g", {"center": False}),
+    ],
+)
+def test_saves_x_the_operands_and_the_statistics(pattern, options, dtype, memory_format):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 32, 16, 16, generator=g).to(dtype).to(memory_format=memory_format).requires_grad_()
+    mask = torch.rand(4, 16, 16, generator=g) < 0.5 if "," in pattern else None
+    labels = {"region": Partition(torch.randint(0, 5, (4, 16, 16), generator=g))} if "region" in pattern else {}
+    weight, bias = torch.ones(32, requires_grad=True), torch.zeros(32, requires_grad=True)
+    y, storages = saved(
+        lambda: normalize(x, pattern, mask, g=8, labels=labels, weight=weight, bias=bias, affine="(g c)", **options)
+    )
+    own = {t.untyped_storage().data_ptr() for t in (x, mask, weight, bias) if t is not None}
+    assert x.untyped_storage().data_ptr() in storages
+    extra = sum(size for place, size in storages.items() if place not in own)
+    sets = 4 * 8 * 6
+    assert extra <= sets * (8 + 3 * 4)  # count, and mean, low and M2 in float32
+    y.float().sum().backward()
+
+
+def test_in_place_changes_before_backward_are_noticed():
+    x = torch.randn(3, 4, requires_grad=True)
+    h = x * 1
+    y = normalize(h, "n c -> n")
+    with torch.no_grad():
+        h.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("case", **cases.each)
+def test_split_entry_points_make_up_the_fused_one(case):
+    x, kwargs = cases.arguments(case)
+    recipe = recipe_for(
+        case.pattern,
+        x,
+        **{k: kwargs.get(k) for k in ("mask", "affine", "sizes", "labels")},
+        **case.options,
+    )
+    mask, weight, bias = kwargs.get("mask"), kwargs.get("weight"), kwargs.get("bias")
+    y, m = aten.forward(recipe, x, mask, weight, bias)
+    again = aten.statistics(recipe, x, mask)
+    assert all(
+        torch.equal(a, b) for a, b in zip((m.count, m.mean, m.m2), (again.count, again.mean, again.m2), strict=True)
+    )
+    assert torch.equal(aten.apply(recipe, x, mask, m, weight, bias), y)
+
+
+NATIVE = [
+    ("... c -> ...", (4, 5, 16), None, None),
+    ("... c -> ...", (4, 5, 16), "c", (16,)),
+    ("n c h w -> n", (3, 4, 5, 2), None, None),
+    ("n (g c) t -> n g", (3, 8, 5), None, None),
+    ("n 1 c -> n", (3, 1, 8), "1 c", (1, 8)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("scale", "offset"), [(1, 0), (1e-3, 0), (1e3, 1e6)])
+@pytest.mark.parametrize(("pattern", "shape", "affine", "parameter"), NATIVE)
+def test_native_agrees_with_aten(pattern, shape, affine, parameter, dtype, scale, offset):
+    x = (torch.randn(shape, dtype=torch.float64) * scale + offset).to(dtype)
+    weight = torch.randn(parameter, dtype=dtype) if parameter else None
+    recipe = recipe_for(pattern, x, affine=affine, center=False, sizes={"g": 2} if "g" in pattern else {})
+    assert native.refusal(recipe, x, weight, None) is None
+    assert choose(recipe, x, weight, None, differentiated=False) == Plan("native", "torch's rms_norm is the same")
+    expected, _ = aten.forward(recipe, x, None, weight, None)
+    ours = native.forward(recipe, x, weight)
+    few = 8 * torch.finfo(dtype).eps  # the mean of squares, its root, two products, on each side
+    torch.testing.assert_close(ours, expected, rtol=few, atol=0)
+
+
+REFUSED = [
+    ({}, "float32 only"),
+    ({"center": False, "mask": torch.ones(4, dtype=torch.bool), "pattern": "n c, n -> n"}, "no masked norm"),
+    ({"center": False, "pattern": "n c -> kind[n]", "labels": {"kind": Partition.from_sizes([2, 2])}}, "labels"),
+    ({"center": False, "activation": "relu"}, "no activation"),
+    ({"center": False, "eps": 0.0}, "divides by zero"),
+    ({"center": False, "dtype": torch.bfloat16}, "half precision"),
+    ({"center": False, "pattern": "n c -> c"}, "innermost"),
+    ({"center": False, "pattern": "n c -> n c"}, "innermost"),
+    ({"center": False, "affine": "n", "weight": torch.ones(4)}, "do not lie on the pooled axes"),
+    ({"center": False, "affine": "c", "weight": torch.ones(8).double()}, "another dtype"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "reason"), REFUSED)
+def test_native_refuses_with_a_reason(arguments, reason):
+    arguments = dict(arguments)
+    x = torch.randn(4, 8).to(arguments.pop("dtype", torch.float32))
+    weight = arguments.pop("weight", None)
+    recipe = recipe_for(arguments.pop("pattern", "n c -> n"), x, **arguments)
+    plan = choose(recipe, x, weight, None, differentiated=False)
+    assert plan.room == "aten"
+    assert reason in plan.reason
+    assert str(plan) == f"aten ({plan.reason})"
+
+
+def test_plan_says_why():
+    x = torch.randn(4, 8)
+    recipe = recipe_for("n c -> n", x, center=False)
+    assert "gradient" in choose(recipe, x, None, None, differentiated=True).reason
+    assert "torch.func" in choose(recipe, x, None, None, differentiated=False, transformed=True).reason
+    assert "given" in choose(recipe, x, None, None, differentiated=False, external=True).reason
+
+
+def test_train_and_eval_give_the_same_bits_where_one_room_serves_both():
+    x = torch.randn(8, 32, 6, 6) + 1000
+    with torch.no_grad():
+        y = normalize(x, "n (g c) h w -> n g", g=4)
+    assert torch.equal(normalize(x.requires_grad_(), "n (g c) h w -> n g", g=4), y)
+
+
+def test_statistics_are_wide():
+    assert stat_dtype(torch.float64) == torch.float64
+    assert {stat_dtype(d) for d in (torch.float32, torch.bfloat16, torch.float16)} == {torch.float32}
