@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .axes import Axes, bind, solve
-from .errors import ShapeError, SpecError, nearest, say
+from .errors import ShapeError, SpecError, draw, nearest, say, shown
 from .kernels import Recipe, aten, stat_dtype
 from .partition import Partition
 from .sets import Sets, sets_of
@@ -39,12 +39,13 @@ class Options:
                 )
             )
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
-            raise SpecError(say("eps is a number", received=f"eps={self.eps!r:.80}", instead="eps=1e-5"))
+            raise SpecError(say("eps is a number", received=f"eps={shown(self.eps)}", instead="eps=1e-5"))
         if self.activation is not None and self.activation not in aten.ACTIVATIONS:
             raise SpecError(
                 say(
                     f"activation is one of {', '.join(map(repr, aten.ACTIVATIONS))}, or None",
-                    received=f"activation={self.activation!r:.80}",
+                    received=f"activation={shown(self.activation)}",
+                    instead=f"None, and torch.{self.activation} on the result",
                 )
             )
 
@@ -65,7 +66,7 @@ def sort_names(
     told, found = dict(sizes or {}), dict(labels or {})
     for name, value in names.items():
         if name in told or name in found:
-            received = f"{name}={value!r:.80}, and again in {'sizes=' if name in told else 'labels='}"
+            received = f"{name}={shown(value)}, and again in {'sizes=' if name in told else 'labels='}"
             raise SpecError(say(f"{name!r} is given once", text=spec.text, received=received, instead="leave one out"))
         (found if name in known else told)[name] = value
     for name, value in (*found.items(), *((n, v) for n, v in told.items() if n in names)):
@@ -75,7 +76,7 @@ def sort_names(
                 say(
                     f"{name!r} is no axis and no label of the pattern, and no option",
                     text=spec.text,
-                    received=f"{name}={value!r:.80}; axes: {spec.x.names()}; labels: {', '.join(known) or 'none'}",
+                    received=f"{name}={shown(value)}; axes: {spec.x.names()}; labels: {', '.join(known) or 'none'}",
                     instead=f"{near}=..." if near else f"leave {name}= out, or name it in the pattern",
                 )
             )
@@ -108,7 +109,7 @@ def as_partition(expr: Expr, lookup: Lookup, value: Any, count: int | None = Non
             expr.error(
                 f"label {name!r} is given as a tensor of ids, or as a Partition",
                 lookup,
-                received=f"{name}={value!r:.80}",
+                received=f"{name}={shown(value)}",
                 instead=f"{name}=torch.from_numpy(ids)"
                 if hasattr(value, "__array__")
                 else f"{name}=Partition.from_sizes([2, 1]) for sizes, {name}=torch.tensor([0, 0, 1]) for ids",
@@ -117,7 +118,8 @@ def as_partition(expr: Expr, lookup: Lookup, value: Any, count: int | None = Non
     try:
         return Partition(value, count)
     except (SpecError, ShapeError) as error:
-        raise type(error)(f"{expr.error(f'label {name!r} cannot be read', lookup)}\n{error}") from None
+        where = draw(expr.text, [lookup.span])
+        raise type(error)(f"label {name!r} cannot be read\n{where}\n{error}") from None
 
 
 # --- from arguments to a recipe --------------------------------------------------------------------------------------
@@ -155,17 +157,18 @@ def prepare(
 
 
 def _check_x(spec: Spec, x: Tensor) -> None:
+    every = spec.x.elements
     if not isinstance(x, Tensor):
-        received = f"{type(x).__name__}"
-        raise SpecError(say("x is a torch.Tensor", text=spec.text, received=received, instead="torch.as_tensor(x)"))
+        received, instead = type(x).__name__, "torch.as_tensor(x)"
+        raise SpecError(spec.x.error("x is a torch.Tensor", *every, received=received, instead=instead))
     if not x.is_floating_point():
-        received = f"x of {x.dtype}"
-        raise SpecError(say("x is a floating tensor", text=spec.text, received=received, instead="x.float()"))
+        received, instead = f"x of {x.dtype}", "x.float()"
+        raise SpecError(spec.x.error("x is a floating tensor", *every, received=received, instead=instead))
     if x.layout != torch.strided:
         raise SpecError(
-            say(
+            spec.x.error(
                 "x is a dense tensor",
-                text=spec.text,
+                *every,
                 received=f"x of layout {x.layout}",
                 instead="x.values() of a jagged tensor, and Partition.from_offsets(x.offsets()) as a label of its rows",
             )
@@ -173,14 +176,15 @@ def _check_x(spec: Spec, x: Tensor) -> None:
 
 
 def _check_mask(spec: Spec, axes: Axes, x: Tensor, mask: Tensor) -> Sets:
-    kind = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else f"{mask!r:.80}"
+    kind = f"a tensor of {mask.dtype}" if isinstance(mask, Tensor) else shown(mask)
     if spec.mask is None:
         names = (isinstance(mask, Tensor) and axes.guess(mask.shape)) or "<axes of the mask>"
         label = next((f", or {lookup.label}=ids if it is this label" for lookup in spec.sets.lookups()), "")
         raise SpecError(
             spec.sets.error(
                 "a mask is given, and the pattern does not say what its axes are",
-                received=f"{kind}, shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else kind,
+                *spec.sets.elements,
+                received=shown(mask),
                 instead=f'"{spec.x}, {names} -> {spec.sets}"{label}',
             )
         )
@@ -218,7 +222,7 @@ def check_parameters(params: Sets | None, x: Tensor, weight: Tensor | None, bias
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue
-        kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else f"{value!r:.80}"
+        kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else shown(value)
         if params is None:
             rule = f"{name} is given, and affine= does not say what its axes are"
             raise SpecError(say(rule, received=kind, instead='affine="c", say'))
@@ -247,7 +251,7 @@ def inward_moments(recipe: Recipe, external: Moments, dtype: torch.dtype) -> Mom
     """Moments from elsewhere, in the internal shape; about zero where the recipe does not center."""
     sets = recipe.sets
     if not isinstance(external, Moments):
-        received = f"moments={external!r:.80}"
+        received = f"moments={shown(external)}"
         raise SpecError(
             say("moments= takes Moments", received=received, instead="moments=flexnorm.moments(x, pattern)")
         )

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 
 import torch
 
-from .errors import ShapeError, SpecError, nearest, say
+from .errors import ShapeError, SpecError, nearest, say, shown
 from .spec import Atom, Axis, Dots, Element, Fixed, Group, Spec, keyword
 
 Sizes = Mapping[str, int]
@@ -85,13 +85,14 @@ def solve(spec: Spec, sizes: Sizes, names: Iterable[str] = ()) -> dict[str, int]
                     f"{key!r} is no axis and no composition of the pattern",
                     text=spec.text,
                     received=f"{key}={size!r}; the pattern has {', '.join(choices) or 'no names'}",
-                    instead=f"{near}={size!r}" if near and near.isidentifier() else None,
+                    instead=repr(near) if near else f"leave {key!r} out",
                 )
             )
         if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 0:
-            raise SpecError(
-                say(f"the size of {key!r} is a whole number of 0 or more", text=spec.text, received=repr(size))
-            )
+            at = element if element is not None else next(axis for axis in spec.x.axes() if axis.name == key)
+            typed = keyword(key, abs(int(size)) if isinstance(size, (int, float)) else 8, "sizes")
+            rule, received = f"the size of {key!r} is a whole number of 0 or more", f"{key}={shown(size)}"
+            raise SpecError(spec.x.error(rule, at, received=received, instead=typed))
         if isinstance(element, Group):
             compositions[element] = size
         else:
@@ -156,7 +157,9 @@ def bind(spec: Spec, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...] 
                 f"the left side names every axis of x; it names {named}, and x has {len(shape)}",
                 *elements,
                 received=f"x of shape {shape}",
-                instead=None if dots else 'name every axis, or write "..." for those that need no name',
+                instead=f"a pattern for {len(shape)} axes"
+                if dots
+                else 'name every axis, or write "..." for those that need no name',
             )
         )
     names: list[str] = []

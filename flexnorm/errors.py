@@ -43,7 +43,7 @@ def say(
     text: str | None = None,
     spans: Iterable[Span] = (),
     received: str | None = None,
-    instead: str | None = None,
+    instead: str,
 ) -> str:
     """The text of an error: the rule, the drawing, what was received, what to type instead."""
     lines = [rule]
@@ -51,9 +51,15 @@ def say(
         lines.append(draw(text, spans))
     if received is not None:
         lines.append(f"  received: {received}")
-    if instead is not None:
-        lines.append(f"  instead:  {instead}")
+    lines.append(f"  instead:  {instead}")
     return "\n".join(lines)
+
+
+def shown(value: object, most: int = 80) -> str:
+    """A value as errors show it: of an array what it is, of anything else the beginning, on one line."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"a {type(value).__name__} of {value.dtype}, shape {tuple(value.shape)}"
+    return " ".join(repr(value).split())[:most]
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .arguments import Label, Options, as_partition, check_parameters, label_names, sort_names
 from .axes import bind, solve
-from .errors import ShapeError, SpecError, say
+from .errors import ShapeError, SpecError, say, shown
 from .functional import run
 from .partition import Partition, whole
 from .sets import Labels, sets_of
@@ -191,7 +191,11 @@ class Norm(nn.Module):
             if atom in known:
                 continue
             if not isinstance(atom, (Axis, Lookup)):
-                raise SpecError(expr.error("parameters have a fixed shape: their axes have names", atom))
+                rule, instead = (
+                    "parameters have a fixed shape: their axes have names",
+                    "names for these axes, and their sizes",
+                )
+                raise SpecError(expr.error(rule, atom, instead=instead))
             name = atom.name if isinstance(atom, Axis) else atom.label
             what, where = (
                 ("size of axis", "sizes") if isinstance(atom, Axis) else ("number of values of label", "labels")
@@ -222,6 +226,7 @@ class Norm(nn.Module):
                     say(
                         "weight and bias are given at the call to a layer that was built for them",
                         text=self.spec.text,
+                        received="weight" if bias is None else "bias" if weight is None else "weight and bias",
                         instead='Norm(..., conditional="b c"), with the axes of weight and bias',
                     )
                 )
@@ -231,6 +236,7 @@ class Norm(nn.Module):
                 self.conditional.error(
                     "a conditional layer is called with weight, bias, or both",
                     *self.conditional.elements,
+                    received="neither",
                     instead="norm(x, weight=w, bias=b)",
                 )
             )
@@ -272,7 +278,7 @@ class Norm(nn.Module):
             say(
                 f"{name!r} is a static label of this layer" if static else f"{name!r} is no label of this layer",
                 text=self.spec.text,
-                received=f"{name}={value!r:.80}",
+                received=f"{name}={shown(value)}",
                 instead=f"build the layer without {name}= to give it at every call"
                 if static
                 else f"one of: {', '.join(n for n in self._lookups if n not in self._static) or 'none'}",
@@ -344,7 +350,7 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
                 raise SpecError(
                     say(
                         "given(...) takes tensors and Partitions",
-                        received=f"{name}={value!r:.80}",
+                        received=f"{name}={shown(value)}",
                         instead=f"{name}=Partition.from_sizes([2, 1]) for sizes, torch.tensor(...) for ids or a mask",
                     )
                 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .errors import ShapeError, SpecError, say
+from .errors import ShapeError, SpecError, say, shown
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,7 +59,8 @@ class Partition:
         """
         sizes = _integers(sizes, "sizes", device)
         if sizes.numel() and bool((sizes < 0).any()):
-            raise ShapeError(say("sizes of groups are 0 or more", received=f"sizes={sizes.tolist()}"))
+            received = f"sizes={shown(sizes.tolist())}"
+            raise ShapeError(say("sizes of groups are 0 or more", received=received, instead="sizes.clamp(min=0), say"))
         ids = torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
         return cls._made(ids, sizes.numel())
 
@@ -75,7 +76,7 @@ class Partition:
             raise ShapeError(
                 say(
                     "offsets begin with 0, never fall, and end with the number of elements",
-                    received=f"offsets={offsets.tolist()}" if offsets.numel() <= 20 else f"{offsets.numel()} offsets",
+                    received=f"offsets={shown(offsets.tolist())}",
                     instead="Partition.from_sizes(sizes), if these are the sizes of the groups",
                 )
             )
@@ -166,11 +167,13 @@ def _integers(values: Sequence[int] | Tensor, name: str, device: torch.device | 
     """A one-dimensional int64 tensor of a list, a tuple or a tensor."""
     if not isinstance(values, Tensor):
         if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-            raise SpecError(say(f"{name} are whole numbers", received=f"{name}={list(values)!r:.80}"))
+            received, instead = f"{name}={shown(list(values))}", "Partition.from_sizes([2, 1]), say"
+            raise SpecError(say(f"{name} are whole numbers", received=received, instead=instead))
         values = torch.tensor(list(values), dtype=torch.int64)
     _check_integers(values, name)
     if values.dim() != 1:
-        raise ShapeError(say(f"{name} have one axis", received=f"{name} of shape {tuple(values.shape)}"))
+        received = f"{name} of shape {tuple(values.shape)}"
+        raise ShapeError(say(f"{name} have one axis", received=received, instead=f"{name}.flatten()"))
     return values.detach().to(device or values.device, torch.int64)
 
 
@@ -179,7 +182,7 @@ def _check_integers(ids: object, name: str) -> None:
         raise SpecError(
             say(
                 f"{name} are an integer tensor; a plain list could mean ids or sizes",
-                received=f"{type(ids).__name__}: {ids!r:.80}",
+                received=f"{type(ids).__name__}: {shown(ids)}",
                 instead="torch.tensor([0, 0, 1]) for ids, Partition.from_sizes([2, 1]) for sizes",
             )
         )
@@ -192,7 +195,8 @@ def _check_integers(ids: object, name: str) -> None:
 def whole(count: object, name: str) -> int:
     """The count, if it is one."""
     if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)) or count < 0:
-        raise SpecError(say(f"{name} is a whole number of 0 or more", received=f"{name}={count!r}"))
+        received = f"{name}={shown(count)}"
+        raise SpecError(say(f"{name} is a whole number of 0 or more", received=received, instead=f"{name}=8, say"))
     return count  # type: ignore[return-value]  # a SymInt stands for an int while tracing
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from .errors import Span, SpecError, nearest, say
+from .errors import Span, SpecError, nearest, say, shown
 
 RESERVED = frozenset(
     "activation affine bias center conditional device dtype eps input labels mask moments momentum pattern "
@@ -126,7 +126,7 @@ class Expr:
         """The atoms as a person would list them in an error."""
         return ", ".join(map(str, self.atoms())) or "no axis"
 
-    def error(self, rule: str, *parts: Element, received: str | None = None, instead: str | None = None) -> str:
+    def error(self, rule: str, *parts: Element, received: str | None = None, instead: str) -> str:
         """An error's text that points at `parts` of this expression."""
         return say(rule, text=self.text, spans=[part.span for part in parts], received=received, instead=instead)
 
@@ -153,7 +153,7 @@ class Spec:
             raise SpecError(
                 say(
                     "a pattern is a string",
-                    received=f"{type(pattern).__name__}: {pattern!r:.80}",
+                    received=f"{type(pattern).__name__}: {shown(pattern)}",
                     instead='"n (g c) ... -> n g"',
                 )
             )
@@ -174,7 +174,7 @@ class Spec:
             raise SpecError(
                 say(
                     f"{option} is a string that names the axes of the parameters",
-                    received=f"{type(text).__name__}: {text!r:.80}",
+                    received=f"{type(text).__name__}: {shown(text)}",
                     instead=f'{option}="c"',
                 )
             )
@@ -211,7 +211,7 @@ class _Reader:
         self.what = what
         self.tokens = list(self._tokens())
 
-    def fail(self, rule: str, *spans: Span, received: str | None = None, instead: str | None = None) -> SpecError:
+    def fail(self, rule: str, *spans: Span, received: str | None = None, instead: str) -> SpecError:
         return SpecError(say(rule, text=self.text, spans=spans, received=received, instead=instead))
 
     def _tokens(self) -> Iterator[_Token]:
@@ -222,7 +222,7 @@ class _Reader:
                 raise self.fail(
                     f"{self.what} has names, numbers, ( ), [ ], ..., one comma and ->, and no {self.text[place]!r}",
                     (place, place + 1),
-                    instead=_HINTS.get(self.text[place]),
+                    instead=_HINTS.get(self.text[place], "leave it out"),
                 )
             place = match.end()
             if match.lastgroup != "space":
@@ -272,7 +272,7 @@ class _Reader:
             elif token.text == "]":
                 raise self.fail("this ] closes nothing", token.span, instead="remove it, or add the label[ before it")
             else:
-                raise self.fail(f"{token.text!r} cannot stand here", token.span)
+                raise self.fail(f"{token.text!r} cannot stand here", token.span, instead="leave it out")
         if group is not None:
             raise self.fail("this ( is never closed", opened, instead="add the ) after the last axis of it")
         expr = Expr(tuple(elements), self.text)
@@ -301,6 +301,7 @@ class _Reader:
                 f"the name of {what} is made of letters, digits and _, starting with a letter and not ending with _",
                 token.span,
                 received=repr(token.text),
+                instead=repr(token.text.strip("_0123456789") or "a"),
             )
         return token.text
 
@@ -317,7 +318,7 @@ class _Reader:
                     instead=f"{name}[v], or {name}[n h w] for a label of several axes",
                 )
             if atom in axes:
-                raise self.fail(f"label {name!r} is read at the same axis twice", atom.span)
+                raise self.fail(f"label {name!r} is read at each axis once", atom.span, instead=f"{name}[{atom}]")
             axes.append(atom)
         if not axes:
             raise self.fail(
@@ -334,7 +335,8 @@ class _Reader:
             if isinstance(atom, Fixed):
                 continue
             if atom in seen:
-                raise self.fail(f"{str(atom)!r} stands twice on one side", seen[atom].span, atom.span)
+                rule, instead = f"{str(atom)!r} stands twice on one side", "another name for one of them"
+                raise self.fail(rule, seen[atom].span, atom.span, instead=instead)
             seen[atom] = atom
 
 
@@ -384,7 +386,8 @@ def _read_parameter(spec: Spec, text: str, option: str) -> Expr:
     reader = _Reader(text, f"{option}=")
     for token in reader.tokens:
         if token.kind == "arrow" or token.text == ",":
-            raise reader.fail(f"{option}= names axes of x, without comma and arrow", token.span)
+            rule = f"{option}= names axes of x, without comma and arrow"
+            raise reader.fail(rule, token.span, instead=f'{option}="c"')
     expr = reader.side(0, len(text))
     _check_known(reader, expr, spec.x, f"{option}=", labels=True)
     _check_labels(reader, (spec.x, spec.sets, expr))
@@ -404,6 +407,7 @@ def _check_left(reader: _Reader, x: Expr) -> None:
             raise reader.fail(
                 "an ellipsis on the left stands for whole axes, so it cannot stand in a composition",
                 dots[0].span,
+                instead="names for the axes of the composition",
             )
 
 
@@ -438,7 +442,7 @@ def _check_known(reader: _Reader, expr: Expr, x: Expr, what: str, *, labels: boo
                 f"{what} names the axis {str(part)!r}, which x does not have",
                 part.span,
                 received=f"the axes of x: {x.names()}",
-                instead=repr(near) if near else None,
+                instead=repr(near) if near else "name it on the left too, or one of these",
             )
 
 
@@ -459,6 +463,7 @@ def _check_labels(reader: _Reader, exprs: tuple[Expr, ...]) -> None:
                     f"label {lookup.label!r} is read at the same axes wherever it stands",
                     lookup.span,
                     received=f"{seen[lookup.label]} and {lookup}",
+                    instead="another name for one of them",
                 )
 
 

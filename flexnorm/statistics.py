@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .axes import Sizes, bind
-from .errors import ShapeError, SpecError, say
+from .errors import ShapeError, SpecError, say, shown
 from .partition import Partition
 from .sets import Sets, sets_of
 from .spec import Spec
@@ -80,7 +80,8 @@ class Moments:
         """
         spec = Spec.parse(pattern)
         if spec.mask is not None:
-            raise SpecError(spec.mask.error("moments have counts, so they take no mask", *spec.mask.elements))
+            rule, instead = "moments have counts, so they take no mask", f'"{spec.x} -> {spec.sets}"'
+            raise SpecError(spec.mask.error(rule, *spec.mask.elements, instead=instead))
         missing = [lookup for lookup in spec.sets.lookups() if not isinstance(labels.get(lookup.label), Partition)]
         if missing:
             name = missing[0].label
@@ -88,7 +89,7 @@ class Moments:
                 spec.sets.error(
                     f"label {name!r} is given as a Partition",
                     *missing,
-                    received=f"{name}={labels.get(name)!r:.80}",
+                    received=f"{name}={shown(labels.get(name))}",
                     instead=f"m.coarsen(pattern, {name}=Partition(ids))",
                 )
             )
