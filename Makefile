@@ -1,0 +1,38 @@
+# Needs Python >= 3.10 and make, nothing else. Every target makes .venv when it is missing.
+PYTHON ?= python3
+TORCH ?= torch==2.11.0 torchaudio==2.11.0
+BIN := .venv/bin
+JOBS ?= 2
+
+.PHONY: env demo test test-fast lint format clean
+
+env: .venv/ready
+
+# torch first and by its version: later torchaudio wheels refuse it.
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet $(TORCH) "torch-geometric==2.8.*" "einops==0.8.*"
+	$(BIN)/python -m pip install --quiet --editable ".[all,dev]"
+	@touch $@
+
+demo: env
+	$(BIN)/python examples/tour.py
+
+test: env
+	$(BIN)/python -m pytest --quiet -n $(JOBS)
+
+test-fast: env
+	$(BIN)/python -m pytest --quiet -n $(JOBS) -m "not slow"
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,112 @@
+"""The house: who imports whom, what an import costs, what is public, and that it is described."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import flexnorm
+
+PACKAGE = pathlib.Path(flexnorm.__file__).parent
+ORDER = [
+    "_version",
+    "errors",
+    "spec",
+    "partition",
+    "axes",
+    "sets",
+    "canonical",
+    "statistics",
+    "kernels",
+    "arguments",
+    "functional",
+    "norm",
+    "__init__",
+]
+ROOMS = ["interface", "aten", "native", "plan", "__init__"]
+
+
+def imports(path):
+    """The modules of the package that a file imports, by the name of the file or folder directly in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = path.parent.relative_to(PACKAGE).parts[
+                : len(path.parent.relative_to(PACKAGE).parts) - node.level + 1
+            ]
+            names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            for name in names:
+                yield (*base, name)
+
+
+def test_imports_go_only_up_the_list():
+    files = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
+    top = {parts[0] for parts in files}
+    assert top == set(ORDER), "a new file has its place in the order"
+    for parts, path in files.items():
+        for target in imports(path):
+            if parts[0] == "kernels" and target[0] == "kernels" and len(parts) > 1 and len(target) > 1:
+                assert ROOMS.index(target[1]) < ROOMS.index(parts[1]), f"{path.name} imports {target}"
+            else:
+                assert ORDER.index(target[0]) < ORDER.index(parts[0]), f"{path.name} imports {target}"
+
+
+def test_only_spec_reads_characters():
+    for path in PACKAGE.rglob("*.py"):
+        names = {
+            alias.name for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Import) for alias in n.names
+        }
+        assert "re" not in names or path.name == "spec.py"
+
+
+def test_import_is_silent_and_loads_nothing_heavy():
+    code = (
+        "import sys, torch, einops; before = set(sys.modules); import flexnorm;"
+        "heavy = {m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names);"
+        "print(sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['flexnorm']"
+    assert done.stderr == ""
+
+
+def test_public_names():
+    assert set(flexnorm.__all__) == {
+        "Moments", "Norm", "Partition", "ShapeError", "SpecError", "given", "moments", "normalize",
+    }  # fmt: skip
+    public = {
+        name for name, value in vars(flexnorm).items() if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == set(flexnorm.__all__)
+
+
+@pytest.mark.parametrize("name", flexnorm.__all__)
+def test_public_names_are_described_with_an_example(name):
+    value = getattr(flexnorm, name)
+    assert value.__doc__
+    if issubclass(value, Exception) if inspect.isclass(value) else False:
+        return
+    assert ">>>" in value.__doc__
+    members = (
+        [m for n, m in vars(value).items() if not n.startswith("_") and callable(m)] if inspect.isclass(value) else []
+    )
+    for member in members:
+        assert inspect.getdoc(member), f"{name}.{member} has no description"
+
+
+def test_reserved_names_are_all_options_and_all_options_are_reserved():
+    from flexnorm.spec import RESERVED
+
+    options = set()
+    for f in (flexnorm.normalize, flexnorm.moments, flexnorm.Norm.__init__, flexnorm.Norm.forward):
+        kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        options |= {name for name, p in inspect.signature(f).parameters.items() if p.kind in kinds}
+    later = {"input", "momentum", "process_group", "sharded", "track_running_stats"}  # of design section 3
+    assert options - {"self"} | later == RESERVED
+
+
+def test_no_path_of_a_machine_in_the_package():
+    for path in PACKAGE.rglob("*.py"):
+        assert "/home/" not in path.read_text()
