@@ -35,4 +35,4 @@ def test_code_blocks_run_and_print_what_they_say(page, capsys):
         exec(compile(block, page, "exec"), space)
         printed = capsys.readouterr().out.splitlines()
         promised = re.findall(r"# prints: (.*)", block)
-        assert printed == promised if promised else True
+        assert printed == promised
