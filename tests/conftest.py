@@ -14,4 +14,4 @@ torch.set_num_threads(1)  # tensors are small, and tests run side by side
 @pytest.fixture(autouse=True)
 def seed():
     """What a test draws without a generator of its own is the same each time."""
-    torch.manual_seed(0)
+    torch.manual_seed(20_26)  # not that of cases.arguments, or a tangent would be x itself
