@@ -4,9 +4,10 @@ y = normalize(x, "b t (g c), b t -> b g", mask, g=8)
 """
 
 from ._version import __version__ as __version__
+from .context import given
 from .errors import ShapeError, SpecError
 from .functional import moments, normalize
-from .norm import Norm, given
+from .norm import Norm
 from .partition import Partition
 from .statistics import Moments
 

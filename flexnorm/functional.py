@@ -79,7 +79,7 @@ def normalize(
     spec = Spec.parse(pattern)
     params = None if affine is None else spec.read(affine, "affine")
     told, partitions = _names(spec, params, sizes, labels, names)
-    return run(
+    y, _ = run(
         spec,
         x,
         mask,
@@ -91,6 +91,7 @@ def normalize(
         sizes=told,
         labels=partitions,
     )
+    return y
 
 
 def moments(
@@ -144,8 +145,9 @@ def run(
     external: Moments | None,
     sizes: Mapping[str, int],
     labels: Mapping[str, Partition],
-) -> Tensor:
-    """The one way from arguments to a result: prepare, plan, compute."""
+    tracked: bool = False,
+) -> tuple[Tensor, Moments | None]:
+    """The one way from arguments to a result: prepare, plan, compute. With `tracked`, x's own moments too."""
     recipe = prepare(spec, x, mask, options, params, sizes, labels)
     check_parameters(recipe.params, x, weight, bias)
     given = None if external is None else inward_moments(recipe, external, x.dtype)
@@ -153,15 +155,23 @@ def run(
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     transformed = _seen_through(operands)
     plan = choose(
-        recipe, x, weight, bias, differentiated=differentiated, transformed=transformed, external=given is not None
+        recipe,
+        x,
+        weight,
+        bias,
+        differentiated=differentiated,
+        transformed=transformed,
+        moments="given" if given is not None else "asked for" if tracked else None,
     )
     if plan.room == "native":
-        return native.forward(recipe, x, weight)
+        return native.forward(recipe, x, weight), None
     if differentiated and not transformed:
         fields = (None,) * 4 if given is None else (given.count, given.mean, given.m2, given.low)
-        return _Normalize.apply(recipe, x, mask, weight, bias, *fields)  # type: ignore[no-any-return, no-untyped-call]
-    own = aten.statistics(recipe, x, mask) if given is None else given
-    return aten.apply(recipe, x, mask, own, weight, bias)
+        y, *own = _Normalize.apply(recipe, x, mask, weight, bias, *fields)  # type: ignore[no-untyped-call]
+    else:
+        m = aten.statistics(recipe, x, mask) if given is None else given
+        y, own = aten.apply(recipe, x, mask, m, weight, bias), [m.count, m.mean, m.m2]
+    return y, Moments(*own).outward(recipe.sets) if tracked else None
 
 
 def _seen_through(operands: Iterable[Tensor | None]) -> bool:
@@ -190,23 +200,27 @@ class _Normalize(torch.autograd.Function):
         mean: Tensor | None,
         m2: Tensor | None,
         low: Tensor | None,
-    ) -> Tensor:
-        ctx.recipe, ctx.own, ctx.has_bias = recipe, count is None, bias is not None
+    ) -> tuple[Tensor, ...]:
+        ctx.recipe, ctx.own = recipe, count is None
+        ctx.set_materialize_grads(False)
         if count is None or mean is None or m2 is None:
             y, moments = aten.forward(recipe, x, mask, weight, bias)
         else:
             moments = Moments(count, mean, m2, low)
             y = aten.apply(recipe, x, mask, moments, weight, bias)
         ctx.save_for_backward(x, mask, weight, bias, moments.count, moments.mean, moments.m2, moments.low)
-        return y
+        if not ctx.own:
+            return (y,)
+        ctx.mark_non_differentiable(moments.count, moments.mean, moments.m2)
+        return y, moments.count, moments.mean, moments.m2
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         recipe: Recipe = ctx.recipe
+        if dy is None:
+            return (None,) * 9
         x, mask, weight, bias, count, mean, m2, low = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled() and ctx.own
-        ):  # a derivative of this one will be asked for: let the moments depend on x
+        if torch.is_grad_enabled() and ctx.own:  # this will be differentiated: let the moments depend on x
             moments = aten.statistics(recipe, x, mask)
         else:
             moments = Moments(count, mean, m2, low)

@@ -1,11 +1,10 @@
-"""`Norm`: the layer that keeps the state of a pattern (parameters, static labels), and `given`."""
+"""`Norm`: the layer that keeps the state of a pattern: parameters, static labels, running statistics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar, Token
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from .arguments import Label, Options, as_partition, check_parameters, label_names, sort_names
 from .axes import bind, solve
+from .context import GIVEN
 from .errors import ShapeError, SpecError, say, shown
 from .functional import run
 from .partition import Partition, whole
@@ -36,6 +36,9 @@ class Norm(nn.Module):
         bias: learn a bias beside the weight.
         eps: added to the variance, in the unit of x squared.
         activation: "relu", "silu" or "gelu", applied to the result.
+        track_running_stats: keep running means and (unbiased) variances of the sets while training, and use them in
+            evaluation, as `nn.BatchNorm2d` does. All axes and labels of the statistics need a size.
+        momentum: weight of the new value in the running statistics; None: the average of all batches.
         sizes: sizes of axes and compositions, for those that cannot be keywords: `{"(g c)": 256}`.
         labels: as keywords, for names that options have.
         device, dtype: of the parameters.
@@ -58,6 +61,10 @@ class Norm(nn.Module):
     torch.Size([6, 8])
     """
 
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
     def __init__(
         self,
         pattern: str,
@@ -69,43 +76,70 @@ class Norm(nn.Module):
         bias: bool = True,
         eps: float = 1e-5,
         activation: str | None = None,
+        track_running_stats: bool = False,
+        momentum: float | None = 0.1,
         sizes: Mapping[str, int] | None = None,
         labels: Mapping[str, int | Label] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **names: int | Label,
     ) -> None:
-        super().__init__()
-        self.spec = Spec.parse(pattern)
-        self.options = Options(center, scale, eps, activation)
-        self.affine = None if affine is None else self.spec.read(affine, "affine")
-        self.conditional = None if conditional is None else self.spec.read(conditional, "conditional")
-        self._lookups = label_names(self.spec, self.affine, self.conditional)
-        self.sizes, told = sort_names(self.spec, [self.affine, self.conditional], sizes, labels, names)
-        self.counts = {
+        nn.Module.__init__(self)  # not that of a class beside this one, as drop-ins have
+        self._spec = Spec.parse(pattern)
+        self._options = Options(center, scale, eps, activation)
+        self._affine = None if affine is None else self._spec.read(affine, "affine")
+        self._conditional = None if conditional is None else self._spec.read(conditional, "conditional")
+        self._lookups = label_names(self._spec, self._affine, self._conditional)
+        self._sizes, told = sort_names(self._spec, [self._affine, self._conditional], sizes, labels, names)
+        self._counts = {
             name: whole(value, f"the number of values of label {name!r}")
             for name, value in told.items()
             if isinstance(value, int)
         }
         self._static = {
-            name: self._as_partition(name, value) for name, value in told.items() if name not in self.counts
+            name: self._as_partition(name, value) for name, value in told.items() if name not in self._counts
         }
         self._built: dict[str, tuple[Tensor, int, Partition]] = {}
         for name, partition in self._static.items():
-            self.counts[name] = partition.count
+            self._counts[name] = partition.count
             self.register_buffer(_buffer(name), torch.empty_like(partition.ids, device=device))
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
-        if self.affine is not None:
-            shape = self._parameter_shape(self.affine)
+        if self._affine is not None:
+            shape = self._fixed_shape(self._affine, "the parameters")
             self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             if bias:
                 self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self._was_given = False
+        self.momentum = _checked(momentum)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, None)
+        self.track_running_stats = track_running_stats
+        if track_running_stats:
+            shape = self._fixed_shape(self._spec.sets, "running statistics")
+            self.running_mean = torch.empty(shape, device=device, dtype=dtype)
+            self.running_var = torch.empty(shape, device=device, dtype=dtype)
+            self.num_batches_tracked = torch.empty((), device=device, dtype=torch.int64)
         self.reset_parameters()
 
+    @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        return self._options.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._options = replace(self._options, eps=value)
+
+    def reset_running_stats(self) -> None:
+        """Mean 0, variance 1, no batch seen."""
+        for buffer, value in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
+            if buffer is not None:
+                buffer.fill_(value)
+
     def reset_parameters(self) -> None:
-        """Weight 1, bias 0, and the static labels as the layer was built with."""
+        """Weight 1, bias 0, running statistics as at first, and the static labels as the layer was built with."""
+        self.reset_running_stats()
         with torch.no_grad():
             if self.weight is not None:
                 nn.init.ones_(self.weight)
@@ -135,10 +169,10 @@ class Norm(nn.Module):
             labels, **names: the labels that are no part of the layer.
         """
         dynamic = {**names, **(labels or {})}
-        around = _GIVEN.get()
+        around = GIVEN.get()
         from_around: list[str] = []
         if around:
-            if mask is None and self.spec.mask is not None and "mask" in around:
+            if mask is None and self._spec.mask is not None and "mask" in around:
                 mask = around["mask"]
                 from_around.append("mask")
             for name in self._lookups:
@@ -166,27 +200,45 @@ class Norm(nn.Module):
         for name, value in dynamic.items():
             if name not in self._lookups or name in self._static:
                 raise self._refused(name, value)
-            partitions[name] = self._as_partition(name, value, self.counts.get(name))
+            partitions[name] = self._as_partition(name, value, self._counts.get(name))
         params, scale, shift = self._affine_now(weight, bias, x, partitions)
-        return run(
-            self.spec,
+        running = None
+        if moments is None and self.running_mean is not None and self.running_var is not None:
+            running = Moments(torch.ones_like(self.running_mean), self.running_mean, self.running_var)
+        y, own = run(
+            self._spec,
             x,
             mask,
-            self.options,
+            self._options,
             params=params,
             weight=scale,
             bias=shift,
-            external=moments,
-            sizes=self.sizes,
+            external=moments if self.training or running is None else running,
+            sizes=self._sizes,
             labels=partitions,
+            tracked=self.training and running is not None,
         )
+        if own is not None and running is not None:
+            self._track(running, own)
+        return y
+
+    @torch.no_grad()
+    def _track(self, running: Moments, new: Moments) -> None:
+        """Moves the running statistics towards those of this batch; empty sets, and variances of one element, stay."""
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        for old, value, known in ((running.mean, new.mean, new.count > 0), (running.m2, *new.unbiased_var())):
+            old.copy_(old.lerp(value.to(old.dtype), momentum).where(known, old))
 
     # --- parameters
 
-    def _parameter_shape(self, expr: Expr) -> tuple[int, ...]:
-        """The shape of the learned parameters, from what is told when the layer is built."""
-        known: dict[Atom, int] = {Axis(name): size for name, size in solve(self.spec, self.sizes).items()}
-        known.update((lookup, self.counts[name]) for name, (_, lookup) in self._lookups.items() if name in self.counts)
+    def _fixed_shape(self, expr: Expr, what: str) -> tuple[int, ...]:
+        """The shape of a tensor over these axes, from what is told when the layer is built."""
+        known: dict[Atom, int] = {Axis(name): size for name, size in solve(self._spec, self._sizes).items()}
+        known.update(
+            (lookup, self._counts[name]) for name, (_, lookup) in self._lookups.items() if name in self._counts
+        )
         for atom in expr.atoms():
             if atom in known:
                 continue
@@ -197,15 +249,15 @@ class Norm(nn.Module):
                 )
                 raise SpecError(expr.error(rule, atom, instead=instead))
             name = atom.name if isinstance(atom, Axis) else atom.label
-            what, where = (
+            kind, where = (
                 ("size of axis", "sizes") if isinstance(atom, Axis) else ("number of values of label", "labels")
             )
-            told = {**self.sizes, **self.counts}
-            holds = (str(e) for e in self.spec.x.elements if isinstance(e, Group) and atom in e.atoms)
+            told = {**self._sizes, **self._counts}
+            holds = (str(e) for e in self._spec.x.elements if isinstance(e, Group) and atom in e.atoms)
             composed = next((f', or the size of all: sizes={{"{group}": 64}}' for group in holds), "")
             raise SpecError(
                 expr.error(
-                    f"the parameters need the {what} {name!r} when the layer is built",
+                    f"{what} need the {kind} {name!r} when the layer is built",
                     atom,
                     received=", ".join(f"{k}={v}" for k, v in told.items()) or "no sizes",
                     instead=keyword(name, 8, where) + composed,
@@ -220,30 +272,30 @@ class Norm(nn.Module):
         self, weight: Tensor | None, bias: Tensor | None, x: Tensor, partitions: Labels
     ) -> tuple[Expr | None, Tensor | None, Tensor | None]:
         """The learned parameters, the given ones, or both made into one: their axes, weight and bias."""
-        if self.conditional is None:
+        if self._conditional is None:
             if weight is not None or bias is not None:
                 raise SpecError(
                     say(
                         "weight and bias are given at the call to a layer that was built for them",
-                        text=self.spec.text,
+                        text=self._spec.text,
                         received="weight" if bias is None else "bias" if weight is None else "weight and bias",
                         instead='Norm(..., conditional="b c"), with the axes of weight and bias',
                     )
                 )
-            return self.affine, self.weight, self.bias
+            return self._affine, self.weight, self.bias
         if weight is None and bias is None:
             raise SpecError(
-                self.conditional.error(
+                self._conditional.error(
                     "a conditional layer is called with weight, bias, or both",
-                    *self.conditional.elements,
+                    *self._conditional.elements,
                     received="neither",
                     instead="norm(x, weight=w, bias=b)",
                 )
             )
-        if self.affine is None:
-            return self.conditional, weight, bias
-        axes = bind(self.spec, tuple(x.shape), tuple(self.sizes.items()))
-        learned, given_ = (sets_of(axes, expr, partitions) for expr in (self.affine, self.conditional))
+        if self._affine is None:
+            return self._conditional, weight, bias
+        axes = bind(self._spec, tuple(x.shape), tuple(self._sizes.items()))
+        learned, given_ = (sets_of(axes, expr, partitions) for expr in (self._affine, self._conditional))
         both = sets_of(axes, learned.expr.union(given_.expr), partitions)
         check_parameters(given_, x, weight, bias)
         scale, shift = (None if p is None else learned.over(p, both) for p in (self.weight, self.bias))
@@ -268,7 +320,7 @@ class Norm(nn.Module):
         version = 0 if buffer.is_inference() else buffer._version
         built = self._built.get(name)
         if built is None or built[0] is not buffer or built[1] != version:
-            built = (buffer, version, self._as_partition(name, buffer, self.counts[name]))
+            built = (buffer, version, self._as_partition(name, buffer, self._counts[name]))
             self._built[name] = built
         return built[2]
 
@@ -277,7 +329,7 @@ class Norm(nn.Module):
         return SpecError(
             say(
                 f"{name!r} is a static label of this layer" if static else f"{name!r} is no label of this layer",
-                text=self.spec.text,
+                text=self._spec.text,
                 received=f"{name}={shown(value)}",
                 instead=f"build the layer without {name}= to give it at every call"
                 if static
@@ -304,69 +356,36 @@ class Norm(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(norm)` shows."""
-        said = [repr(str(self.spec))]
-        said += [f"{name}={size}" for name, size in self.sizes.items() if name.isidentifier()]
-        compositions = {name: size for name, size in self.sizes.items() if not name.isidentifier()}
+        said = [repr(str(self._spec))]
+        said += [f"{name}={size}" for name, size in self._sizes.items() if name.isidentifier()]
+        compositions = {name: size for name, size in self._sizes.items() if not name.isidentifier()}
         said += [f"sizes={compositions}"] if compositions else []
-        said += [f"{name}={self._static.get(name, count)}" for name, count in self.counts.items()]
+        said += [f"{name}={self._static.get(name, count)}" for name, count in self._counts.items()]
         said += [f"{name}='{expr}'" for name, expr in self._exprs() if expr is not None]
         said += [f"{name}={list(p.shape)}" for name, p in self.named_parameters(recurse=False)]
+        if self.track_running_stats:
+            said.append(f"momentum={self.momentum}, track_running_stats=True")
         defaults = Options()
         for name in Options.__dataclass_fields__:
-            if getattr(self.options, name) != getattr(defaults, name):
-                said.append(f"{name}={getattr(self.options, name)!r}")
+            if getattr(self._options, name) != getattr(defaults, name):
+                said.append(f"{name}={getattr(self._options, name)!r}")
         return ", ".join(said)
 
     def _exprs(self) -> list[tuple[str, Expr | None]]:
-        return [("affine", self.affine), ("conditional", self.conditional)]
+        return [("affine", self._affine), ("conditional", self._conditional)]
+
+
+def _checked(momentum: float | None) -> float | None:
+    if momentum is not None and not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
+        raise SpecError(
+            say(
+                "momentum is the weight of the new value, from 0 to 1; None averages all batches alike",
+                received=f"momentum={shown(momentum)}",
+                instead="momentum=0.1",
+            )
+        )
+    return momentum
 
 
 def _buffer(label: str) -> str:
     return f"{label}_ids"
-
-
-class given:  # noqa: N801  # read as a word: with given(mask=m)
-    """Masks and labels for norms nested where nobody passes arguments on, as in `nn.Sequential`.
-
-    Every `Norm` called inside takes the mask, if its pattern has one, and the labels it reads. What is passed
-    explicitly wins, an inner `given` wins over an outer one; what does not fit is an error that names the layer.
-
-    Args:
-        mask: for every norm whose pattern has a mask.
-        **labels: by the names that the patterns give them.
-
-    Activation checkpointing computes layers again during backward. Call `backward()` inside of the block, or hand on
-    what is given: `torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=given.context_fn)`.
-
-    >>> model = nn.Sequential(nn.Linear(4, 8), Norm("v c -> graph[v] c"), nn.ReLU())
-    >>> with given(graph=torch.tensor([0, 0, 1])):
-    ...     y = model(torch.randn(3, 4))
-    """
-
-    def __init__(self, *, mask: Tensor | None = None, **labels: Label) -> None:
-        self._values: dict[str, Any] = {**labels, **({} if mask is None else {"mask": mask})}
-        for name, value in self._values.items():
-            if not isinstance(value, (Tensor, Partition)):
-                raise SpecError(
-                    say(
-                        "given(...) takes tensors and Partitions",
-                        received=f"{name}={shown(value)}",
-                        instead=f"{name}=Partition.from_sizes([2, 1]) for sizes, torch.tensor(...) for ids or a mask",
-                    )
-                )
-        self._tokens: list[Token[Mapping[str, Any]]] = []
-
-    def __enter__(self) -> given:
-        self._tokens.append(_GIVEN.set({**_GIVEN.get(), **self._values}))
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        _GIVEN.reset(self._tokens.pop())
-
-    @staticmethod
-    def context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        """For `torch.utils.checkpoint.checkpoint`: nothing for forward, and for its repetition what is given now."""
-        return nullcontext(), given(**_GIVEN.get())
-
-
-_GIVEN: ContextVar[Mapping[str, Any]] = ContextVar("flexnorm.given", default={})  # noqa: B039  # never mutated

@@ -47,6 +47,17 @@ class Moments:
         """Biased variance, m2 / count; 0 for an empty set."""
         return self.m2 / divisor(self.count)
 
+    def unbiased_var(self) -> tuple[Tensor, Tensor]:
+        """m2 / (count - 1), and where it is known: with two elements or more. Of weights, which do not count, `var`.
+
+        >>> m = Moments(torch.tensor([3, 1]), torch.tensor([2.0, 5.0]), torch.tensor([2.0, 0.0]))
+        >>> m.unbiased_var()
+        (tensor([1., 0.]), tensor([ True, False]))
+        """
+        if self.count.is_floating_point():
+            return self.var, self.count > 0
+        return self.m2 / divisor(self.count - 1), self.count > 1
+
     def merge(self, other: Moments) -> Moments:
         """The moments of the union of each set with its counterpart in `other`.
 

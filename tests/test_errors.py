@@ -461,7 +461,7 @@ CALLS = [
           instead:  type=8
     """),
     (lambda: Norm("n ... -> n", affine="..."), SpecError, """
-        parameters have a fixed shape: their axes have names
+        the parameters have a fixed shape: their axes have names
             ...
             ^^^
           instead:  names for these axes, and their sizes

@@ -23,6 +23,7 @@ ORDER = [
     "kernels",
     "arguments",
     "functional",
+    "context",
     "norm",
     "__init__",
 ]
@@ -103,7 +104,7 @@ def test_reserved_names_are_all_options_and_all_options_are_reserved():
     for f in (flexnorm.normalize, flexnorm.moments, flexnorm.Norm.__init__, flexnorm.Norm.forward):
         kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         options |= {name for name, p in inspect.signature(f).parameters.items() if p.kind in kinds}
-    later = {"input", "momentum", "process_group", "sharded", "track_running_stats"}  # of design section 3
+    later = {"input", "process_group", "sharded"}  # of design section 3
     assert options - {"self"} | later == RESERVED
 
 

@@ -141,7 +141,7 @@ def test_plan_says_why():
     recipe = recipe_for("n c -> n", x, center=False)
     assert "gradient" in choose(recipe, x, None, None, differentiated=True).reason
     assert "torch.func" in choose(recipe, x, None, None, differentiated=False, transformed=True).reason
-    assert "given" in choose(recipe, x, None, None, differentiated=False, external=True).reason
+    assert "given" in choose(recipe, x, None, None, differentiated=False, moments="given").reason
 
 
 def test_train_and_eval_give_the_same_bits_where_one_room_serves_both():

@@ -172,7 +172,7 @@ def test_conditional_parameters_come_after_the_learned_ones(affine, conditional,
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
     w, b = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    labels = {"kind": kind} if norm.counts else {}
+    labels = {"kind": kind} if norm._counts else {}
 
     def stage(x, axes, weight, bias):
         """Only the affine part of the formula, element by element."""

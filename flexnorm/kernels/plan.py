@@ -33,19 +33,19 @@ def choose(
     *,
     differentiated: bool,
     transformed: bool = False,
-    external: bool = False,
+    moments: str | None = None,
 ) -> Plan:
     """The plan for these tensors.
 
     Args:
         differentiated: a first derivative may be asked for.
         transformed: torch.func, forward mode or a tracer must see through.
-        external: the moments come from elsewhere.
+        moments: "given" or "asked for", if the moments come from elsewhere or are asked for too.
     """
     if transformed:
         return Plan("aten", "seen through by torch.func, forward mode or a tracer")
-    if external:
-        return Plan("aten", "the moments are given")
+    if moments is not None:
+        return Plan("aten", f"the moments are {moments}")
     if differentiated:
         return Plan("aten", "a gradient may be asked for, and torch's norms save more than x for it")
     refusal = native.refusal(recipe, x, weight, bias)
