@@ -87,6 +87,7 @@ class Norm(nn.Module):
         nn.Module.__init__(self)  # not that of a class beside this one, as drop-ins have
         self._spec = Spec.parse(pattern)
         self._options = Options(center, scale, eps, activation)
+        self.eps = eps
         self._affine = None if affine is None else self._spec.read(affine, "affine")
         self._conditional = None if conditional is None else self._spec.read(conditional, "conditional")
         self._lookups = label_names(self._spec, self._affine, self._conditional)
@@ -121,15 +122,6 @@ class Norm(nn.Module):
             self.running_var = torch.empty(shape, device=device, dtype=dtype)
             self.num_batches_tracked = torch.empty((), device=device, dtype=torch.int64)
         self.reset_parameters()
-
-    @property
-    def eps(self) -> float:
-        """What is added to the variance."""
-        return self._options.eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self._options = replace(self._options, eps=value)
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batch seen."""
@@ -209,7 +201,7 @@ class Norm(nn.Module):
             self._spec,
             x,
             mask,
-            self._options,
+            self._options if self.eps == self._options.eps else replace(self._options, eps=self.eps),
             params=params,
             weight=scale,
             bias=shift,
@@ -244,7 +236,7 @@ class Norm(nn.Module):
                 continue
             if not isinstance(atom, (Axis, Lookup)):
                 rule, instead = (
-                    "parameters have a fixed shape: their axes have names",
+                    f"{what} have a fixed shape: their axes have names",
                     "names for these axes, and their sizes",
                 )
                 raise SpecError(expr.error(rule, atom, instead=instead))
@@ -367,8 +359,9 @@ class Norm(nn.Module):
             said.append(f"momentum={self.momentum}, track_running_stats=True")
         defaults = Options()
         for name in Options.__dataclass_fields__:
-            if getattr(self._options, name) != getattr(defaults, name):
-                said.append(f"{name}={getattr(self._options, name)!r}")
+            value = self.eps if name == "eps" else getattr(self._options, name)
+            if value != getattr(defaults, name):
+                said.append(f"{name}={value!r}")
         return ", ".join(said)
 
     def _exprs(self) -> list[tuple[str, Expr | None]]:
