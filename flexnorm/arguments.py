@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .axes import Axes, bind, solve
+from .axes import Axes, bind, check_operand, check_shape, solve
 from .errors import ShapeError, SpecError, draw, nearest, say, shown
 from .kernels import Recipe, aten, stat_dtype
-from .partition import Partition
-from .sets import Sets, sets_of
+from .partition import Partition, readable
+from .sets import Labels, Sets, sets_of
 from .spec import RESERVED, Expr, Lookup, Spec, keyword
 from .statistics import Moments
 
@@ -40,12 +40,19 @@ class Options:
             )
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
             raise SpecError(say("eps is a number", received=f"eps={shown(self.eps)}", instead="eps=1e-5"))
-        if self.activation is not None and self.activation not in aten.ACTIVATIONS:
+        for name in ("center", "scale"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                received, instead = f"{name}={shown(value)}", f"{name}=False; of an axis, sizes={{{name!r}: 8}}"
+                raise SpecError(say(f"{name} is True or False", received=received, instead=instead))
+        if self.activation is not None and not (
+            isinstance(self.activation, str) and self.activation in aten.ACTIVATIONS
+        ):
             raise SpecError(
                 say(
                     f"activation is one of {', '.join(map(repr, aten.ACTIVATIONS))}, or None",
                     received=f"activation={shown(self.activation)}",
-                    instead=f"None, and torch.{self.activation} on the result",
+                    instead="None, and your own on the result",
                 )
             )
 
@@ -61,6 +68,10 @@ def sort_names(
     names: Mapping[str, Any],
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Keywords, `sizes=` and `labels=`, as the sizes of axes and the labels of the pattern."""
+    for option, value in (("sizes", sizes), ("labels", labels)):
+        if value is not None and not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
+            received, instead = f"{option}={shown(value)}", f'{option}={{"name": ...}}'
+            raise SpecError(say(f"{option}= is a dict from names", received=received, instead=instead))
     known = label_names(spec, *parameters)
     axes = [axis.name for axis in spec.x.axes()]
     told, found = dict(sizes or {}), dict(labels or {})
@@ -82,6 +93,15 @@ def sort_names(
             )
     solve(spec, told, known)
     return told, found
+
+
+def check_eps(spec: Spec, eps: float, sizes: Mapping[str, int], labels: Iterable[str]) -> None:
+    """An axis may be called eps; then a whole number for eps was probably meant for the axis."""
+    axis = next((axis for axis in spec.x.axes() if axis.name == "eps" and "eps" not in sizes), None)
+    if axis is not None and isinstance(eps, int) and eps and "eps" not in labels:
+        rule, received = "'eps' is an option, and the pattern has an axis of this name", f"eps={eps}"
+        instead = f'sizes={{"eps": {eps}}} for the axis, eps={float(eps)} for the option'
+        raise SpecError(spec.x.error(rule, axis, received=received, instead=instead))
 
 
 def label_names(spec: Spec, *parameters: Expr | None) -> dict[str, tuple[Expr, Lookup]]:
@@ -130,30 +150,32 @@ def prepare(
     x: Tensor,
     mask: Tensor | None,
     options: Options,
-    params: Expr | None,
+    affines: Sequence[Affine],
     sizes: Mapping[str, int],
-    labels: Mapping[str, Partition],
-) -> Recipe:
-    """Checks x, mask and labels against the pattern, and says what is to be computed."""
+    labels: Labels,
+) -> tuple[Recipe, Tensor | None, Tensor | None]:
+    """Checks everything against the pattern, and says what is to be computed, with which weight and bias."""
     _check_x(spec, x)
     axes = bind(spec, tuple(x.shape), tuple(sizes.items()))
     mask_sets = None if mask is None else _check_mask(spec, axes, x, mask)
-    for name, (expr, lookup) in label_names(spec, params).items():
+    for name, (expr, lookup) in label_names(spec, *(affine.expr for affine in affines)).items():
         if name not in labels:
             instead = keyword(name, "ids", "labels")
             raise SpecError(expr.error(f"label {name!r} is read, and not given", lookup, instead=instead))
-        _check_device(expr, (lookup,), f"label {name!r}", labels[name].device, x.device)
-        _check_shape(expr, (lookup,), f"label {name!r}", "one id at every index", lookup.axes, labels[name].shape, axes)
-    return Recipe(
+        check_operand(expr, [lookup], f"label {name!r}", labels[name].ids, x)
+        check_shape(expr, f"label {name!r}", "one id at every index", [lookup], labels[name].shape, axes)
+    params, weight, bias = _one(axes, affines, x, labels)
+    recipe = Recipe(
         sets=sets_of(axes, spec.sets, labels),
         mask=mask_sets,
         membership=mask is not None and mask.dtype == torch.bool,
-        params=None if params is None else sets_of(axes, params, labels),
+        params=params,
         center=options.center,
         scale=options.scale,
         eps=options.eps,
         activation=options.activation,
     )
+    return recipe, weight, bias
 
 
 def _check_x(spec: Spec, x: Tensor) -> None:
@@ -161,10 +183,10 @@ def _check_x(spec: Spec, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         received, instead = type(x).__name__, "torch.as_tensor(x)"
         raise SpecError(spec.x.error("x is a torch.Tensor", *every, received=received, instead=instead))
-    if not x.is_floating_point():
+    if not is_wide(x):
         received, instead = f"x of {x.dtype}", "x.float()"
         raise SpecError(spec.x.error("x is a floating tensor", *every, received=received, instead=instead))
-    if x.layout != torch.strided:
+    if x.layout != torch.strided or x.is_nested:
         raise SpecError(
             spec.x.error(
                 "x is a dense tensor",
@@ -189,7 +211,7 @@ def _check_mask(spec: Spec, axes: Axes, x: Tensor, mask: Tensor) -> Sets:
             )
         )
     where = spec.mask.elements
-    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or is_wide(mask)):
         raise SpecError(
             spec.mask.error(
                 "a mask is a bool tensor (membership, True = valid) or a floating one (weights)",
@@ -198,9 +220,9 @@ def _check_mask(spec: Spec, axes: Axes, x: Tensor, mask: Tensor) -> Sets:
                 instead="mask.bool(), or mask.float() for weights",
             )
         )
-    _check_shape(spec.mask, where, "the mask", "the axes behind the comma", where, mask.shape, axes)
-    _check_device(spec.mask, where, "the mask", mask.device, x.device)
-    if mask.is_floating_point() and not torch._C._are_functorch_transforms_active():
+    check_operand(spec.mask, where, "the mask", mask, x)
+    check_shape(spec.mask, "the mask", "the axes behind the comma", where, mask.shape, axes)
+    if mask.is_floating_point() and readable(mask):
         weights = mask.detach()
         good = ((weights >= 0) & weights.isfinite()).all()
         if mask.device.type != "cpu" or torch.compiler.is_compiling():
@@ -217,37 +239,66 @@ def _check_mask(spec: Spec, axes: Axes, x: Tensor, mask: Tensor) -> Sets:
     return sets_of(axes, spec.mask)
 
 
-def check_parameters(params: Sets | None, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
-    """Whether weight and bias lie on the axes that they are said to lie on."""
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else shown(value)
-        if params is None:
-            rule = f"{name} is given, and affine= does not say what its axes are"
-            raise SpecError(say(rule, received=kind, instead='affine="c", say'))
-        expr = params.expr
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise SpecError(expr.error(f"{name} is a floating tensor", received=kind, instead=f"{name}.float()"))
-        if tuple(value.shape) != params.shape:
-            received = f"{name} of shape {tuple(value.shape)}; {params.axes.known()}"
-            guess = params.axes.guess(value.shape)
-            instead = f'"{guess}", if these are its axes' if guess else f"a tensor of shape {params.shape}"
-            raise ShapeError(
-                expr.error(
-                    f"{name} has the axes {expr}: shape {params.shape}",
-                    *expr.elements,
-                    received=received,
-                    instead=instead,
-                )
-            )
-        _check_device(expr, expr.elements, name, value.device, x.device)
-    if params is not None and weight is None and bias is None:
-        rule = "these are the axes of weight and bias, and neither is given"
-        raise SpecError(params.expr.error(rule, *params.expr.elements, instead="weight=w, bias=b, or no affine="))
+def is_wide(t: Tensor) -> bool:
+    """Whether it is of a floating type that torch computes with, so none of 8 bits."""
+    return t.is_floating_point() and t.dtype.itemsize > 1
 
 
-def inward_moments(recipe: Recipe, external: Moments, dtype: torch.dtype) -> Moments:
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """Weight and bias, and the axes they lie on."""
+
+    expr: Expr
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def check(self, sets: Sets, x: Tensor) -> None:
+        """Whether weight and bias have these axes."""
+        expr = self.expr
+        for name, value in (("weight", self.weight), ("bias", self.bias)):
+            if value is None:
+                continue
+            if not isinstance(value, Tensor) or not is_wide(value):
+                kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else shown(value)
+                raise SpecError(expr.error(f"{name} is a floating tensor", received=kind, instead=f"{name}.float()"))
+            check_operand(expr, expr.elements, name, value, x)
+            if tuple(value.shape) != sets.shape:
+                received = f"{name} of shape {tuple(value.shape)}; {sets.axes.known()}"
+                guess = sets.axes.guess(value.shape)
+                instead = f'"{guess}", if these are its axes' if guess else f"a tensor of shape {sets.shape}"
+                rule = f"{name} has the axes {expr}: shape {sets.shape}"
+                raise ShapeError(expr.error(rule, *expr.elements, received=received, instead=instead))
+        if self.weight is None and self.bias is None:
+            rule = "these are the axes of weight and bias, and neither is given"
+            raise SpecError(expr.error(rule, *expr.elements, instead="weight=w, bias=b, or no affine="))
+
+
+def _one(
+    axes: Axes, affines: Sequence[Affine], x: Tensor, labels: Labels
+) -> tuple[Sets | None, Tensor | None, Tensor | None]:
+    """All affine stages as one: its sets, weight and bias. Two merge over the axes of both, in float32 or wider."""
+    stages = [(sets_of(axes, affine.expr, labels), affine) for affine in affines]
+    for sets, affine in stages:
+        affine.check(sets, x)
+    if not stages:
+        return None, None, None
+    if len(stages) == 1:
+        return stages[0][0], affines[0].weight, affines[0].bias
+    both = sets_of(axes, affines[0].expr.union(affines[1].expr), labels)
+
+    def over(sets: Sets, param: Tensor | None) -> Tensor | None:
+        return None if param is None else sets.over(param.to(stat_dtype(x.dtype)), both)
+
+    (weight, bias), (weight2, bias2) = ((over(sets, a.weight), over(sets, a.bias)) for sets, a in stages)
+    if weight2 is not None:  # (xhat * weight + bias) * weight2 + bias2
+        weight = weight2 if weight is None else weight * weight2
+        bias = None if bias is None else bias * weight2
+    if bias2 is not None:
+        bias = bias2 if bias is None else bias + bias2
+    return both, *(None if p is None else p.expand(both.shape) for p in (weight, bias))  # type: ignore[return-value]
+
+
+def inward_moments(expr: Expr, recipe: Recipe, external: Moments, x: Tensor) -> Moments:
     """Moments from elsewhere, in the internal shape; about zero where the recipe does not center."""
     sets = recipe.sets
     if not isinstance(external, Moments):
@@ -255,53 +306,18 @@ def inward_moments(recipe: Recipe, external: Moments, dtype: torch.dtype) -> Mom
         raise SpecError(
             say("moments= takes Moments", received=received, instead="moments=flexnorm.moments(x, pattern)")
         )
-    for name in ("count", "mean", "m2"):
-        shape = tuple(getattr(external, name).shape)
-        if shape != sets.shape:
-            raise ShapeError(
-                sets.expr.error(
-                    f"moments are shaped as the right side says: shape {sets.shape}",
-                    *sets.expr.elements,
-                    received=f"moments.{name} of shape {shape}; {sets.axes.known()}",
-                    instead=f'moments(x, "... -> {sets.expr}"), or m.coarsen(...) of finer ones',
-                )
+    external.check()
+    if tuple(external.mean.shape) != sets.shape:
+        raise ShapeError(
+            expr.error(
+                f"moments are shaped as the right side says: shape {sets.shape}",
+                *expr.elements,
+                received=f"moments of shape {tuple(external.mean.shape)}; {sets.axes.known()}",
+                instead=f'moments(x, "... -> {expr}"), or m.coarsen(...) of finer ones',
             )
-    internal = external.inward(sets, stat_dtype(dtype))
+        )
+    check_operand(expr, expr.elements, "moments", external.mean, x)
+    internal = external.inward(sets, stat_dtype(x.dtype))
     if recipe.center:
         return internal
     return Moments(internal.count, torch.zeros_like(internal.mean), internal.about_zero())
-
-
-def _check_device(expr: Expr, parts: Sequence[Any], what: str, device: torch.device, expected: torch.device) -> None:
-    if device != expected:
-        raise ShapeError(
-            expr.error(
-                f"{what} lies on the device of x",
-                *parts,
-                received=f"{what} on {device}, x on {expected}",
-                instead=f".to({str(expected)!r})",
-            )
-        )
-
-
-def _check_shape(
-    expr: Expr, parts: Sequence[Any], what: str, which: str, atoms: Sequence[Any], shape: torch.Size, axes: Axes
-) -> None:
-    expected = axes.shape_of(atoms)
-    if tuple(shape) != expected:
-        named = " ".join(map(str, atoms))
-        guess = axes.guess(shape)
-        if any(isinstance(part, Lookup) for part in parts):
-            instead = f"ids of shape {expected}" + (
-                f", or sizes that add up to {expected[0]}" if len(expected) == 1 else ""
-            )
-        else:
-            instead = f'"{guess}", if these are its axes' if guess else f"a tensor of shape {expected}"
-        raise ShapeError(
-            expr.error(
-                f"{what} has {which}, ({named}): shape {expected}",
-                *parts,
-                received=f"shape {tuple(shape)}; {axes.known()}",
-                instead=instead,
-            )
-        )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
+from torch import Tensor
 
-from .errors import ShapeError, SpecError, nearest, say, shown
-from .spec import Atom, Axis, Dots, Element, Fixed, Group, Spec, keyword
+from .errors import ShapeError, SpecError, as_int, nearest, say, shown
+from .spec import Atom, Axis, Dots, Element, Expr, Fixed, Group, Lookup, Spec, keyword
 
 Sizes = Mapping[str, int]
 
@@ -28,6 +29,13 @@ class Axes:
     names: tuple[str, ...]
     sizes: tuple[int, ...]  # the elementary shape
     dots: tuple[int, ...]  # places of the axes of the ellipsis
+
+    def __hash__(self) -> int:  # caches ask for it at every call
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.spec, self.shape, self.names, self.sizes))
 
     @cached_property
     def place(self) -> dict[str, int]:
@@ -88,15 +96,16 @@ def solve(spec: Spec, sizes: Sizes, names: Iterable[str] = ()) -> dict[str, int]
                     instead=repr(near) if near else f"leave {key!r} out",
                 )
             )
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)) or size < 0:
+        number = as_int(size)
+        if number is None or number < 0:
             at = element if element is not None else next(axis for axis in spec.x.axes() if axis.name == key)
-            typed = keyword(key, abs(int(size)) if isinstance(size, (int, float)) else 8, "sizes")
-            rule, received = f"the size of {key!r} is a whole number of 0 or more", f"{key}={shown(size)}"
+            rule, received = f"the size of {key!r} is a whole number of 0 or more", f"{key}={shown(sizes[key])}"
+            typed = keyword(key, 8 if number is None else -number, "sizes")
             raise SpecError(spec.x.error(rule, at, received=received, instead=typed))
         if isinstance(element, Group):
-            compositions[element] = size
+            compositions[element] = number
         else:
-            known[str(element or key)] = size
+            known[str(element or key)] = number
     for group, size in compositions.items():
         _split(spec, group, size, known, f"sizes={{{str(group)!r}: {size}}}")
     return known
@@ -110,7 +119,10 @@ def _split(spec: Spec, group: Group, size: int, known: dict[str, int], received:
     told = ", ".join(f"{atom}={known[str(atom)]}" for atom in group.atoms if str(atom) in known)
     if len(unknown) > 1:
         first = unknown[0].name
-        typed = keyword(first, _divisors(size)[-1] if size else 1, "sizes")
+        some = [
+            d for d in _divisors(size) if d <= max(1, min(32, size // 4))
+        ]  # of channels: what GroupNorm usually takes
+        typed = keyword(first, some[-1] if some else 1, "sizes")
         raise ShapeError(
             spec.x.error(
                 f"{group} is split into its axes when all sizes but one are known",
@@ -137,7 +149,7 @@ def _split(spec: Spec, group: Group, size: int, known: dict[str, int], received:
                 f"{group} has size {size}, which is not divisible by {product}",
                 group,
                 received=f"{received}; {told or group}",
-                instead=f"one of the divisors of {size}: {_listed(_divisors(size))}",
+                instead=f"one of the divisors of {size}: {_listed(_divisors(size))}" if size else "sizes above 0",
             )
         )
     known[unknown[0].name] = size // product
@@ -193,7 +205,7 @@ def bind(spec: Spec, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...] 
                     f"axis {element.name!r} has size {size} in x, and {told[element.name]} was given",
                     element,
                     received=f"x of shape {shape}; {element.name}={told[element.name]}",
-                    instead=f"leave {element.name}= out, as x says it",
+                    instead=f"{keyword(element.name, size, 'sizes')}, or leave it out",
                 )
             )
         elif isinstance(element, Fixed) and element.size != size:
@@ -220,3 +232,44 @@ def _divisors(size: int) -> list[int]:
 def _listed(values: list[int], most: int = 12) -> str:
     shown = [str(value) for value in values]
     return ", ".join(shown if len(shown) <= most else [*shown[: most - 1], "...", shown[-1]])
+
+
+# --- operands --------------------------------------------------------------------------------------------------------
+
+
+def check_operand(expr: Expr, parts: Sequence[Element], what: str, t: Tensor, x: Tensor) -> None:
+    """Whether a tensor that goes with x is dense, and lies where x lies."""
+    if t.layout != torch.strided or t.is_nested:
+        received, instead = f"{what} of layout {t.layout}", ".to_dense()"
+        raise SpecError(expr.error(f"{what} is a dense tensor", *parts, received=received, instead=instead))
+    if t.device != x.device:
+        received, instead = f"{what} on {t.device}, x on {x.device}", f".to({str(x.device)!r})"
+        raise ShapeError(expr.error(f"{what} lies on the device of x", *parts, received=received, instead=instead))
+
+
+def check_shape(expr: Expr, what: str, which: str, parts: Sequence[Element], shape: torch.Size, axes: Axes) -> None:
+    """Whether a tensor has the shape that these elements say; of a label, the shape of its axes."""
+    label = parts[0] if len(parts) == 1 and isinstance(parts[0], Lookup) else None
+    atoms: Sequence[Element] = parts if label is None else label.axes
+    expected = axes.shape_of(atoms)
+    named = " ".join(map(str, atoms))
+    if label is not None and not expected:
+        rule, instead = f"{what} is read at {named}, which stands for no axis of x", "no label, or an x with more axes"
+        raise ShapeError(expr.error(rule, label, received=f"x of shape {axes.shape}", instead=instead))
+    if tuple(shape) == expected:
+        return
+    guess = axes.guess(shape)
+    if label is not None:
+        instead = f"ids of shape {expected}" + (
+            f", or sizes that add up to {expected[0]}" if len(expected) == 1 else ""
+        )
+    else:
+        instead = f'"{guess}", if these are its axes' if guess else f"a tensor of shape {expected}"
+    raise ShapeError(
+        expr.error(
+            f"{what} has {which}, ({named}): shape {expected}",
+            *parts,
+            received=f"shape {tuple(shape)}; {axes.known()}",
+            instead=instead,
+        )
+    )

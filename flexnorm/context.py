@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .arguments import Label
@@ -27,12 +29,14 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
     Activation checkpointing computes layers again during backward. Call `backward()` inside of the block, or hand on
     what is given: `torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=given.context_fn)`.
 
+    >>> from torch import nn
+    >>> from flexnorm import Norm
     >>> model = nn.Sequential(nn.Linear(4, 8), Norm("v c -> graph[v] c"), nn.ReLU())
     >>> with given(graph=torch.tensor([0, 0, 1])):
     ...     y = model(torch.randn(3, 4))
     """
 
-    def __init__(self, *, mask: Tensor | None = None, **labels: Label) -> None:
+    def __init__(self, /, *, mask: Tensor | None = None, **labels: Label) -> None:
         self._values: dict[str, Any] = {**labels, **({} if mask is None else {"mask": mask})}
         for name, value in self._values.items():
             if not isinstance(value, (Tensor, Partition)):
@@ -43,19 +47,43 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
                         instead=f"{name}=Partition.from_sizes([2, 1]) for sizes, torch.tensor(...) for ids or a mask",
                     )
                 )
-        self._tokens: list[Token[Mapping[str, Any]]] = []
 
     def __enter__(self) -> given:
-        self._tokens.append(GIVEN.set({**GIVEN.get(), **self._values}))
+        _HERE.set((_HERE.get(), {**_values(_HERE.get()), **self._values}))
+        _OPEN.setdefault(threading.get_ident(), []).append(_values(_HERE.get()))
         return self
 
     def __exit__(self, *exc: object) -> None:
-        GIVEN.reset(self._tokens.pop())
+        here = _HERE.get()
+        assert here is not None
+        _HERE.set(here[0])
+        thread = threading.get_ident()
+        _OPEN[thread].pop()
+        if not _OPEN[thread]:
+            del _OPEN[thread]
 
     @staticmethod
     def context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """For `torch.utils.checkpoint.checkpoint`: nothing for forward, and for its repetition what is given now."""
-        return nullcontext(), given(**GIVEN.get())
+        return nullcontext(), given(**_values(_HERE.get()))
 
 
-GIVEN: ContextVar[Mapping[str, Any]] = ContextVar("flexnorm.given", default={})  # noqa: B039  # never mutated
+def given_here() -> Mapping[str, Any]:
+    """What is given where this is called.
+
+    A backward pass of a GPU runs on a thread of its own, which knows nothing of the `with` block that `backward()` was
+    called in. If one thread alone is inside of such blocks, it is that one.
+    """
+    values = _values(_HERE.get())
+    if not values and len(_OPEN) == 1 and torch._C._current_graph_task_id() != -1:
+        return next(iter(_OPEN.values()))[-1]
+    return values
+
+
+_Here = tuple[Any, Mapping[str, Any]]  # what was before, and what is given now
+_HERE: ContextVar[_Here | None] = ContextVar("flexnorm.given", default=None)
+_OPEN: dict[int, list[Mapping[str, Any]]] = {}  # of every thread inside of a block
+
+
+def _values(here: _Here | None) -> Mapping[str, Any]:
+    return {} if here is None else here[1]

@@ -12,8 +12,10 @@ carets under the guilty part:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 Span = tuple[int, int]  # first character and the one after the last, in the user's own string
 
@@ -55,11 +57,23 @@ def say(
     return "\n".join(lines)
 
 
-def shown(value: object, most: int = 80) -> str:
+def shown(value: Any, most: int = 80) -> str:
     """A value as errors show it: of an array what it is, of anything else the beginning, on one line."""
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    if hasattr(value, "dtype") and len(getattr(value, "shape", "")):
         return f"a {type(value).__name__} of {value.dtype}, shape {tuple(value.shape)}"
     return " ".join(repr(value).split())[:most]
+
+
+def as_int(value: Any) -> int | None:
+    """The value as an int, if it is a whole number of any library's; None otherwise."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    if type(value).__name__ == "SymInt":  # of torch: it stands for an int while tracing, and must stay what it is
+        return value  # type: ignore[no-any-return]
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor of several elements, or no integers
+        return None
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:

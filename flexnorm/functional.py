@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .arguments import Label, Options, as_partition, check_parameters, inward_moments, label_names, prepare, sort_names
+from .arguments import (
+    Affine,
+    Label,
+    Options,
+    as_partition,
+    check_eps,
+    inward_moments,
+    label_names,
+    prepare,
+    sort_names,
+)
+from .errors import SpecError, say, shown
 from .kernels import Recipe, aten, choose, native
 from .partition import Partition
 from .spec import Expr, Spec
@@ -52,7 +63,8 @@ def normalize(
         scale: divide by the standard deviation.
         eps: added to the variance, in the unit of x squared.
         activation: "relu", "silu" or "gelu", applied to the result.
-        moments: statistics to use instead of x's own, shaped as the right side of the pattern.
+        moments: statistics to use instead of x's own, shaped as the right side of the pattern; a floating mask, which
+            would weigh x's own, then says nothing.
         sizes: sizes of axes and compositions, for those that cannot be keywords: `{"(g c)": 64}`.
         labels: labels that cannot be keywords.
         **names: sizes of axes (`g=32`), and labels: a tensor of ids, or a `Partition`.
@@ -77,20 +89,16 @@ def normalize(
     Source: Wu and He, "Group Normalization", 2018, with any partition of the elements in place of groups of channels.
     """
     spec = Spec.parse(pattern)
+    options = Options(center, scale, eps, activation)
     params = None if affine is None else spec.read(affine, "affine")
     told, partitions = _names(spec, params, sizes, labels, names)
-    y, _ = run(
-        spec,
-        x,
-        mask,
-        Options(center, scale, eps, activation),
-        params=params,
-        weight=weight,
-        bias=bias,
-        external=moments,
-        sizes=told,
-        labels=partitions,
-    )
+    check_eps(spec, eps, told, partitions)
+    if params is None and (weight is not None or bias is not None):
+        rule = f"{'weight' if weight is not None else 'bias'} is given, and affine= does not say what its axes are"
+        received = shown(weight if weight is not None else bias)
+        raise SpecError(say(rule, text=spec.text, received=received, instead='affine="c", say'))
+    affines = [] if params is None else [Affine(params, weight, bias)]
+    y, _ = run(spec, x, mask, options, affines, moments, told, partitions)
     return y
 
 
@@ -114,7 +122,7 @@ def moments(
     """
     spec = Spec.parse(pattern)
     told, partitions = _names(spec, None, sizes, labels, names)
-    recipe = prepare(spec, x, mask, Options(), None, told, partitions)
+    recipe, _, _ = prepare(spec, x, mask, Options(), [], told, partitions)
     return aten.statistics(recipe, x, mask).outward(recipe.sets)
 
 
@@ -138,20 +146,17 @@ def run(
     x: Tensor,
     mask: Tensor | None,
     options: Options,
-    *,
-    params: Expr | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    external: Moments | None,
+    affines: Sequence[Affine],
+    moments: Moments | None,
     sizes: Mapping[str, int],
     labels: Mapping[str, Partition],
+    *,
     tracked: bool = False,
 ) -> tuple[Tensor, Moments | None]:
     """The one way from arguments to a result: prepare, plan, compute. With `tracked`, x's own moments too."""
-    recipe = prepare(spec, x, mask, options, params, sizes, labels)
-    check_parameters(recipe.params, x, weight, bias)
-    given = None if external is None else inward_moments(recipe, external, x.dtype)
-    operands = (x, mask, weight, bias, *(() if given is None else (given.count, given.mean, given.m2)))
+    recipe, weight, bias = prepare(spec, x, mask, options, affines, sizes, labels)
+    external = None if moments is None else inward_moments(spec.sets, recipe, moments, x)
+    operands = (x, mask, weight, bias, *(() if external is None else (external.count, external.mean, external.m2)))
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
     transformed = _seen_through(operands)
     plan = choose(
@@ -161,15 +166,15 @@ def run(
         bias,
         differentiated=differentiated,
         transformed=transformed,
-        moments="given" if given is not None else "asked for" if tracked else None,
+        moments="given" if external is not None else "asked for" if tracked else None,
     )
     if plan.room == "native":
         return native.forward(recipe, x, weight), None
     if differentiated and not transformed:
-        fields = (None,) * 4 if given is None else (given.count, given.mean, given.m2, given.low)
+        fields = (None,) * 4 if external is None else (external.count, external.mean, external.m2, external.low)
         y, *own = _Normalize.apply(recipe, x, mask, weight, bias, *fields)  # type: ignore[no-untyped-call]
     else:
-        m = aten.statistics(recipe, x, mask) if given is None else given
+        m = aten.statistics(recipe, x, mask) if external is None else external
         y, own = aten.apply(recipe, x, mask, m, weight, bias), [m.count, m.mean, m.m2]
     return y, Moments(*own).outward(recipe.sets) if tracked else None
 
@@ -225,6 +230,8 @@ class _Normalize(torch.autograd.Function):
         else:
             moments = Moments(count, mean, m2, low)
         sums = aten.backward_sums(recipe, dy, x, mask, moments, weight, bias)
-        dx, dmask = aten.backward_dx(recipe, dy, x, mask, moments, weight, bias, sums if ctx.own else None)
+        dx = dmask = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            dx, dmask = aten.backward_dx(recipe, dy, x, mask, moments, weight, bias, sums if ctx.own else None)
         of_moments = (None,) * 3 if ctx.own else aten.backward_moments(recipe, moments, sums)
         return (None, dx, dmask, sums.weight, sums.bias, *of_moments, None)

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import Label, Options, as_partition, check_parameters, label_names, sort_names
-from .axes import bind, solve
-from .context import GIVEN
+from .arguments import Affine, Label, Options, as_partition, check_eps, label_names, sort_names
+from .axes import solve
+from .context import given_here
 from .errors import ShapeError, SpecError, say, shown
 from .functional import run
-from .partition import Partition, whole
-from .sets import Labels, sets_of
+from .partition import Partition, readable, whole
 from .spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
 from .statistics import Moments
 
@@ -67,6 +66,7 @@ class Norm(nn.Module):
 
     def __init__(
         self,
+        /,
         pattern: str,
         *,
         affine: str | None = None,
@@ -88,14 +88,19 @@ class Norm(nn.Module):
         self._spec = Spec.parse(pattern)
         self._options = Options(center, scale, eps, activation)
         self.eps = eps
+        if not isinstance(bias, bool) or (dtype is not None and not dtype.is_floating_point):
+            received = f"bias={shown(bias)}, dtype={dtype}"
+            rule, instead = "bias is True or False, and dtype a floating type", "bias=False, dtype=torch.float32"
+            raise SpecError(say(rule, received=received, instead=instead))
         self._affine = None if affine is None else self._spec.read(affine, "affine")
         self._conditional = None if conditional is None else self._spec.read(conditional, "conditional")
         self._lookups = label_names(self._spec, self._affine, self._conditional)
         self._sizes, told = sort_names(self._spec, [self._affine, self._conditional], sizes, labels, names)
+        check_eps(self._spec, eps, self._sizes, told)
         self._counts = {
             name: whole(value, f"the number of values of label {name!r}")
             for name, value in told.items()
-            if isinstance(value, int)
+            if not isinstance(value, (Tensor, Partition)) and hasattr(value, "__index__")
         }
         self._static = {
             name: self._as_partition(name, value) for name, value in told.items() if name not in self._counts
@@ -103,7 +108,7 @@ class Norm(nn.Module):
         self._built: dict[str, tuple[Tensor, int, Partition]] = {}
         for name, partition in self._static.items():
             self._counts[name] = partition.count
-            self.register_buffer(_buffer(name), torch.empty_like(partition.ids, device=device))
+            self.register_buffer(_buffer(name), torch.empty(partition.shape, dtype=torch.int64, device=device))
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         if self._affine is not None:
@@ -160,8 +165,14 @@ class Norm(nn.Module):
             moments: statistics to use instead of x's own.
             labels, **names: the labels that are no part of the layer.
         """
+        for name in names:
+            if name in (labels or {}):
+                received, instead = f"{name}={shown(names[name])}, and again in labels=", "leave one out"
+                raise SpecError(
+                    say(f"{name!r} is given once", text=self._spec.text, received=received, instead=instead)
+                )
         dynamic = {**names, **(labels or {})}
-        around = GIVEN.get()
+        around = given_here()
         from_around: list[str] = []
         if around:
             if mask is None and self._spec.mask is not None and "mask" in around:
@@ -193,23 +204,14 @@ class Norm(nn.Module):
             if name not in self._lookups or name in self._static:
                 raise self._refused(name, value)
             partitions[name] = self._as_partition(name, value, self._counts.get(name))
-        params, scale, shift = self._affine_now(weight, bias, x, partitions)
+        affines = self._affines(weight, bias)
         running = None
         if moments is None and self.running_mean is not None and self.running_var is not None:
             running = Moments(torch.ones_like(self.running_mean), self.running_mean, self.running_var)
-        y, own = run(
-            self._spec,
-            x,
-            mask,
-            self._options if self.eps == self._options.eps else replace(self._options, eps=self.eps),
-            params=params,
-            weight=scale,
-            bias=shift,
-            external=moments if self.training or running is None else running,
-            sizes=self._sizes,
-            labels=partitions,
-            tracked=self.training and running is not None,
-        )
+        options = self._options if self.eps == self._options.eps else replace(self._options, eps=self.eps)
+        used = moments if self.training or running is None else running
+        tracked = self.training and running is not None
+        y, own = run(self._spec, x, mask, options, affines, used, self._sizes, partitions, tracked=tracked)
         if own is not None and running is not None:
             self._track(running, own)
         return y
@@ -260,10 +262,9 @@ class Norm(nn.Module):
             for element in expr.elements
         )
 
-    def _affine_now(
-        self, weight: Tensor | None, bias: Tensor | None, x: Tensor, partitions: Labels
-    ) -> tuple[Expr | None, Tensor | None, Tensor | None]:
-        """The learned parameters, the given ones, or both made into one: their axes, weight and bias."""
+    def _affines(self, weight: Tensor | None, bias: Tensor | None) -> list[Affine]:
+        """The learned weight and bias, then the given ones."""
+        affines = [] if self._affine is None else [Affine(self._affine, self.weight, self.bias)]
         if self._conditional is None:
             if weight is not None or bias is not None:
                 raise SpecError(
@@ -274,7 +275,7 @@ class Norm(nn.Module):
                         instead='Norm(..., conditional="b c"), with the axes of weight and bias',
                     )
                 )
-            return self._affine, self.weight, self.bias
+            return affines
         if weight is None and bias is None:
             raise SpecError(
                 self._conditional.error(
@@ -284,22 +285,7 @@ class Norm(nn.Module):
                     instead="norm(x, weight=w, bias=b)",
                 )
             )
-        if self._affine is None:
-            return self._conditional, weight, bias
-        axes = bind(self._spec, tuple(x.shape), tuple(self._sizes.items()))
-        learned, given_ = (sets_of(axes, expr, partitions) for expr in (self._affine, self._conditional))
-        both = sets_of(axes, learned.expr.union(given_.expr), partitions)
-        check_parameters(given_, x, weight, bias)
-        scale, shift = (None if p is None else learned.over(p, both) for p in (self.weight, self.bias))
-        weight, bias = (None if p is None else given_.over(p, both) for p in (weight, bias))
-        # (xhat * scale + shift) * weight + bias
-        if weight is not None:
-            scale = weight if scale is None else scale * weight
-            shift = None if shift is None else shift * weight
-        if bias is not None:
-            shift = bias if shift is None else shift + bias
-        scale, shift = (None if p is None else p.expand(both.shape) for p in (scale, shift))
-        return both.expr, scale, shift
+        return [*affines, Affine(self._conditional, weight, bias)]
 
     # --- labels
 
@@ -307,14 +293,23 @@ class Norm(nn.Module):
         return as_partition(*self._lookups[name], value, count)
 
     def _partition(self, name: str) -> Partition:
-        """A static label, from its buffer: built again when the buffer moved or was loaded."""
+        """A static label, from its buffer; kept until the buffer is another one, or was written."""
         buffer = self.get_buffer(_buffer(name))
-        version = 0 if buffer.is_inference() else buffer._version
-        built = self._built.get(name)
-        if built is None or built[0] is not buffer or built[1] != version:
-            built = (buffer, version, self._as_partition(name, buffer, self._counts[name]))
-            self._built[name] = built
-        return built[2]
+        if buffer.is_inference() or not readable(buffer):
+            return self._as_partition(name, buffer, self._counts[name])
+        kept = self._built.get(name)
+        if kept is not None and kept[0] is buffer and kept[1] == buffer._version:
+            return kept[2]
+        if kept is not None and buffer.device.type == "cpu" and torch.equal(kept[2].ids, buffer):
+            partition = kept[2]  # written, and the same: a checkpoint, or the broadcast of a parallel wrapper
+        else:
+            partition = self._as_partition(name, buffer, self._counts[name])
+        self._built[name] = (buffer, buffer._version, partition)
+        return partition
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is built from buffers: a copy's buffers count their versions anew."""
+        return {**self.__dict__, "_built": {}}
 
     def _refused(self, name: str, value: object) -> SpecError:
         static = name in self._static
@@ -323,7 +318,9 @@ class Norm(nn.Module):
                 f"{name!r} is a static label of this layer" if static else f"{name!r} is no label of this layer",
                 text=self._spec.text,
                 received=f"{name}={shown(value)}",
-                instead=f"build the layer without {name}= to give it at every call"
+                instead=f"Norm(..., {name}={shown(value)}): sizes of axes are told when the layer is built"
+                if any(axis.name == name for axis in self._spec.x.axes())
+                else f"build the layer without {name}= to give it at every call"
                 if static
                 else f"one of: {', '.join(n for n in self._lookups if n not in self._static) or 'none'}",
             )
@@ -336,13 +333,14 @@ class Norm(nn.Module):
         if torch.compiler.is_compiling():
             return
         if torch._C._current_graph_task_id() == -1:
-            self._was_given = given_now
+            if self._was_given != given_now:
+                self._was_given = given_now
         elif self._was_given and not given_now:
             raise RuntimeError(
                 say(
                     "this layer is computed again by activation checkpointing, and what was given is gone",
                     received=f"{self}, outside of given(...)",
-                    instead="call backward() inside of the with block, or checkpoint(..., context_fn=given.context_fn)",
+                    instead="checkpoint(..., context_fn=given.context_fn), or backward() inside of the with block",
                 )
             )
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
-from .errors import ShapeError, SpecError, say, shown
+from .errors import ShapeError, SpecError, as_int, say, shown
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,7 +127,7 @@ class Partition:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Partition:
         """The same groups on a device. Itself, if it is there already."""
-        return self._carried(self.ids.to(device, non_blocking=non_blocking))
+        return self._carried(self.ids.to(torch.device(device), non_blocking=non_blocking))
 
     def pin_memory(self) -> Partition:
         """The same groups in page-locked memory, as a `DataLoader` with `pin_memory=True` asks for."""
@@ -160,16 +161,21 @@ pytree.register_pytree_node(
     lambda partition: ([partition.ids], partition.count),
     lambda leaves, count: Partition._made(next(iter(leaves)), count),
     serialized_type_name="flexnorm.Partition",
+    flatten_with_keys_fn=lambda partition: ([(pytree.GetAttrKey("ids"), partition.ids)], partition.count),
 )
 
 
 def _integers(values: Sequence[int] | Tensor, name: str, device: torch.device | str | None) -> Tensor:
     """A one-dimensional int64 tensor of a list, a tuple or a tensor."""
+    if hasattr(values, "__array__") and not isinstance(values, Tensor):
+        values = torch.as_tensor(values)
     if not isinstance(values, Tensor):
-        if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-            received, instead = f"{name}={shown(list(values))}", "Partition.from_sizes([2, 1]), say"
+        listed = list(values) if isinstance(values, Iterable) else [None]
+        numbers = [as_int(value) for value in listed]
+        if any(number is None or abs(number) >= 2**63 for number in numbers):
+            received, instead = f"{name}={shown(values)}", "Partition.from_sizes([2, 1]), say"
             raise SpecError(say(f"{name} are whole numbers", received=received, instead=instead))
-        values = torch.tensor(list(values), dtype=torch.int64)
+        values = torch.tensor(numbers, dtype=torch.int64, device="cpu")  # whatever the default device is
     _check_integers(values, name)
     if values.dim() != 1:
         received = f"{name} of shape {tuple(values.shape)}"
@@ -194,18 +200,27 @@ def _check_integers(ids: object, name: str) -> None:
 
 def whole(count: object, name: str) -> int:
     """The count, if it is one."""
-    if isinstance(count, bool) or not isinstance(count, (int, torch.SymInt)) or count < 0:
+    number = as_int(count)
+    if number is None or not 0 <= number < 2**63:
         received = f"{name}={shown(count)}"
         raise SpecError(say(f"{name} is a whole number of 0 or more", received=received, instead=f"{name}=8, say"))
-    return count  # type: ignore[return-value]  # a SymInt stands for an int while tracing
+    return number
+
+
+def readable(t: Tensor) -> bool:
+    """Whether there are values to look at: not on meta or fake tensors, nor while torch.func or a compiler traces."""
+    traced = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+    return not (traced or t.is_meta or isinstance(t, FakeTensor))
 
 
 def _check_range(ids: Tensor, count: int) -> None:
     """0 <= id < count: at once on CPU, by a device-side assertion elsewhere and while tracing."""
-    if ids.numel() == 0 or ids.is_meta or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        torch._assert_async(((ids >= 0) & (ids < count)).all(), f"flexnorm: ids must be from 0 to {count - 1}")
+    if not readable(ids) or ids.numel() == 0:
         return
     good = (ids >= 0) & (ids < count)
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if ids.device.type != "cpu":
         torch._assert_async(good.all(), f"flexnorm: ids must be from 0 to {count - 1}")
     elif not good.all():
         guilty = ids[~good]

@@ -231,7 +231,7 @@ def _merge(axes: Axes, expr: Expr, group: set[int], kept: frozenset[int], labels
     )
     sizes = tuple(labels[t.label].count if isinstance(t, Lookup) else axes.sizes[t] for t in terms)
     device = next(labels[t.label].device for t in terms if isinstance(t, Lookup))
-    ids = torch.zeros((), dtype=torch.int64, device=device)
+    ids: Tensor | None = None
     for term, size in zip(terms, sizes, strict=True):
         if isinstance(term, Lookup):
             read = axes.places(term.axes)
@@ -239,8 +239,10 @@ def _merge(axes: Axes, expr: Expr, group: set[int], kept: frozenset[int], labels
         else:
             read = (term,)
             value = torch.arange(axes.sizes[term], device=device)
-        ids = ids * size + value.reshape([axes.sizes[p] if p in read else 1 for p in places])
-    ids = ids.expand([axes.sizes[p] for p in places]).reshape(-1)
+        value = value.reshape([axes.sizes[p] if p in read else 1 for p in places])
+        ids = value if ids is None else ids * size + value
+    assert ids is not None
+    ids = ids.expand([axes.sizes[p] for p in places]).reshape(-1)  # of one label: a view of its own ids
     before = [p for p in range(axes.rank) if p < places[0]]
     after = [p for p in range(axes.rank) if p > places[0] and p not in places]
     return Merge(places, terms, sizes, ids, (*before, *places, *after))

@@ -12,13 +12,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from .errors import Span, SpecError, nearest, say, shown
 
 RESERVED = frozenset(
     "activation affine bias center conditional device dtype eps input labels mask moments momentum pattern "
-    "process_group scale sharded sizes track_running_stats weight x".split()
+    "process_group scale self sharded sizes track_running_stats weight x".split()
 )
 """The names that options have. An axis or a label may bear one too, but its size or its ids are then given by
 `sizes={...}` or `labels={...}`, as the keyword is the option."""
@@ -97,6 +97,13 @@ class Expr:
     elements: tuple[Element, ...]
     text: str = field(default="", compare=False, repr=False)
 
+    def __hash__(self) -> int:  # caches ask for it at every call
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.elements)
+
     def __str__(self) -> str:
         return " ".join(map(str, self.elements))
 
@@ -145,6 +152,13 @@ class Spec:
     x: Expr
     mask: Expr | None
     sets: Expr
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.x, self.mask, self.sets))
 
     @staticmethod
     def parse(pattern: str) -> Spec:
@@ -476,4 +490,6 @@ _HINTS = {
     "-": "an arrow: ->",
     ">": "an arrow: ->",
     "{": "( ) for a composition, [ ] for a label",
+    "\N{HORIZONTAL ELLIPSIS}": "three dots: ...",
+    "\N{RIGHTWARDS ARROW}": "an arrow: ->",
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .axes import Sizes, bind
+from .axes import Sizes, bind, check_operand, check_shape
 from .errors import ShapeError, SpecError, say, shown
 from .partition import Partition
 from .sets import Sets, sets_of
@@ -42,6 +42,19 @@ class Moments:
     m2: Tensor
     low: Tensor | None = None
 
+    def check(self) -> None:
+        """Raises, unless the fields are tensors of one shape."""
+        fields = {"count": self.count, "mean": self.mean, "m2": self.m2}
+        fields.update({} if self.low is None else {"low": self.low})
+        for name, value in fields.items():
+            if not isinstance(value, Tensor):
+                received, instead = f"{name}={shown(value)}", f"{name}=torch.tensor(...)"
+                raise SpecError(say("the fields of Moments are tensors", received=received, instead=instead))
+            if value.shape != self.mean.shape or value.device != self.mean.device:
+                received = ", ".join(f"{n} of shape {tuple(v.shape)} on {v.device}" for n, v in fields.items())
+                rule, instead = "the fields of Moments have one shape and device", "one value for every set"
+                raise ShapeError(say(rule, received=received, instead=instead))
+
     @property
     def var(self) -> Tensor:
         """Biased variance, m2 / count; 0 for an empty set."""
@@ -64,6 +77,11 @@ class Moments:
         Raises:
             ShapeError: the shapes differ.
         """
+        if not isinstance(other, Moments):
+            received, instead = shown(other), "m.merge(flexnorm.moments(x, pattern))"
+            raise SpecError(say("moments merge with Moments", received=received, instead=instead))
+        self.check()
+        other.check()
         if self.mean.shape != other.mean.shape:
             raise ShapeError(
                 say(
@@ -93,6 +111,14 @@ class Moments:
         if spec.mask is not None:
             rule, instead = "moments have counts, so they take no mask", f'"{spec.x} -> {spec.sets}"'
             raise SpecError(spec.mask.error(rule, *spec.mask.elements, instead=instead))
+        self.check()
+        read = [lookup.label for lookup in spec.sets.lookups()]
+        for name in labels:
+            if name not in read:
+                received, instead = f"{name}={shown(labels[name])}", f"leave {name}= out; sizes go into sizes="
+                raise SpecError(
+                    say(f"the pattern reads no {name!r}", text=spec.text, received=received, instead=instead)
+                )
         missing = [lookup for lookup in spec.sets.lookups() if not isinstance(labels.get(lookup.label), Partition)]
         if missing:
             name = missing[0].label
@@ -105,8 +131,15 @@ class Moments:
                 )
             )
         axes = bind(spec, tuple(self.mean.shape), tuple((sizes or {}).items()))
+        for lookup in spec.sets.lookups():
+            label = labels[lookup.label]
+            check_operand(spec.sets, [lookup], f"label {lookup.label!r}", label.ids, self.mean)
+            check_shape(spec.sets, f"label {lookup.label!r}", "one id at every index", [lookup], label.shape, axes)
         sets = sets_of(axes, spec.sets, labels)
-        parts = [t.reshape(axes.sizes) for t in (self.count, self.mean, self.m2, self._low)]
+        fields = [
+            t.where(self.count > 0, 0) for t in (self.count, self.mean, self.m2, self._low)
+        ]  # empty: whatever mean
+        parts = [t.reshape(axes.sizes) for t in fields]
         merged = pool(sets, parts[0], parts[1], m2=parts[2], low=parts[3])
         return merged.outward(sets)
 
@@ -117,7 +150,8 @@ class Moments:
     def outward(self, sets: Sets) -> Moments:
         """From the internal shape of these sets to the one that their expression writes."""
         low = None if self.low is None else sets.outward(self.low)
-        return Moments(sets.outward(self.count), sets.outward(self.mean), sets.outward(self.m2), low)
+        count, mean, m2 = (sets.outward(t).contiguous() for t in (self.count, self.mean, self.m2))
+        return Moments(count, mean, m2, low)
 
     def inward(self, sets: Sets, dtype: torch.dtype) -> Moments:
         """From the shape that the expression of these sets writes to the internal one, in the dtype of statistics."""
@@ -135,7 +169,7 @@ class Moments:
 
 pytree.register_pytree_node(
     Moments,
-    lambda m: ([m.count, m.mean, m.m2, m.low], None),
+    lambda m: ([t for t in (m.count, m.mean, m.m2, m.low) if t is not None], None),
     lambda fields, _: Moments(*fields),
     serialized_type_name="flexnorm.Moments",
 )

@@ -185,7 +185,7 @@ CALLS = [
             n (g c) t -> n g
                ^ ^
           received: x of shape (4, 32, 8); not known: g, c
-          instead:  g=32; the divisors of 32 are 1, 2, 4, 8, 16, 32
+          instead:  g=8; the divisors of 32 are 1, 2, 4, 8, 16, 32
     """),
     (lambda: normalize(x, "n (g c) t -> n g", g=5), ShapeError, """
         (g c) has size 32, which is not divisible by 5
@@ -220,7 +220,7 @@ CALLS = [
             n c t -> n
               ^
           received: x of shape (4, 32, 8); c=3
-          instead:  leave c= out, as x says it
+          instead:  c=32, or leave it out
     """),
     (lambda: normalize(x, "n 1 t -> n"), ShapeError, """
         1 and () stand for an axis of size 1, and x has 32 there
@@ -259,7 +259,7 @@ CALLS = [
             n (g c) t -> n g
                ^
           received: g=2.0
-          instead:  g=2
+          instead:  g=8
     """),
     (lambda: normalize(x, "n (g c) t -> n g", g=-2), SpecError, """
         the size of 'g' is a whole number of 0 or more
@@ -274,12 +274,19 @@ CALLS = [
           received: g=2, and again in sizes=
           instead:  leave one out
     """),
-    (lambda: normalize(x, "n (eps c) t -> n eps", eps=4), ShapeError, """
+    (lambda: normalize(x, "n (eps c) t -> n eps", eps=4, c=8), SpecError, """
+        'eps' is an option, and the pattern has an axis of this name
+            n (eps c) t -> n eps
+               ^^^
+          received: eps=4
+          instead:  sizes={"eps": 4} for the axis, eps=4.0 for the option
+    """),
+    (lambda: normalize(x, "n (eps c) t -> n eps"), ShapeError, """
         (eps c) is split into its axes when all sizes but one are known
             n (eps c) t -> n eps
                ^^^ ^
           received: x of shape (4, 32, 8); not known: eps, c
-          instead:  sizes={"eps": 32}, as 'eps' is an option; the divisors of 32 are 1, 2, 4, 8, 16, 32
+          instead:  sizes={"eps": 8}, as 'eps' is an option; the divisors of 32 are 1, 2, 4, 8, 16, 32
     """),
     (lambda: normalize(x, "n c t -> kind[c]"), SpecError, """
         label 'kind' is read, and not given
@@ -396,7 +403,8 @@ CALLS = [
     """),
     (lambda: normalize(x, "n c t -> n", weight=torch.ones(3)), SpecError, """
         weight is given, and affine= does not say what its axes are
-          received: a tensor of torch.float32
+            n c t -> n
+          received: a Tensor of torch.float32, shape (3,)
           instead:  affine="c", say
     """),
     (lambda: normalize(x, "n c t -> n", weight=torch.ones(8), affine="c"), ShapeError, """
@@ -422,7 +430,7 @@ CALLS = [
     (lambda: normalize(x, "n c t -> n", activation="tanh"), SpecError, """
         activation is one of 'relu', 'silu', 'gelu', or None
           received: activation='tanh'
-          instead:  None, and torch.tanh on the result
+          instead:  None, and your own on the result
     """),
     (lambda: normalize(x, "n c t -> n", center=False, scale=False), SpecError, """
         a norm subtracts the mean, divides by sigma, or both
@@ -438,7 +446,7 @@ CALLS = [
         moments are shaped as the right side says: shape (4,)
             n c t -> n
                      ^
-          received: moments.count of shape (32,); n=4, c=32, t=8
+          received: moments of shape (32,); n=4, c=32, t=8
           instead:  moments(x, "... -> n"), or m.coarsen(...) of finer ones
     """),
     (lambda: normalize(x, "n c t -> n", moments=(0, 1)), SpecError, """
@@ -488,6 +496,65 @@ CALLS = [
             n c t -> n kind[c]
           received: kind=3
           instead:  build the layer without kind= to give it at every call
+    """),
+    (lambda: Norm("n (g c) t -> n g", g=4)(x, g=2), SpecError, """
+        'g' is no label of this layer
+            n (g c) t -> n g
+          received: g=2
+          instead:  Norm(..., g=2): sizes of axes are told when the layer is built
+    """),
+    (lambda: Norm("n c t -> kind[c]")(x, kind=ids, labels={"kind": ids}), SpecError, """
+        'kind' is given once
+            n c t -> kind[c]
+          received: kind=a Tensor of torch.int64, shape (32,), and again in labels=
+          instead:  leave one out
+    """),
+    (lambda: normalize(x, "... t -> kind[...] t", kind=ids), ShapeError, """
+        label 'kind' has one id at every index, (...): shape (4, 32)
+            ... t -> kind[...] t
+                     ^^^^^^^^^
+          received: shape (32,); ...=4, ...=32, t=8
+          instead:  ids of shape (4, 32)
+    """),
+    (lambda: normalize(x[0, 0], "t ... -> kind[...]", kind=ids[0]), ShapeError, """
+        label 'kind' is read at ..., which stands for no axis of x
+            t ... -> kind[...]
+                     ^^^^^^^^^
+          received: x of shape (8,)
+          instead:  no label, or an x with more axes
+    """),
+    (lambda: normalize(x, "n c t -> n", scale=8), SpecError, """
+        scale is True or False
+          received: scale=8
+          instead:  scale=False; of an axis, sizes={'scale': 8}
+    """),
+    (lambda: normalize(x, "n c t -> n", sizes=[3]), SpecError, """
+        sizes= is a dict from names
+          received: sizes=[3]
+          instead:  sizes={"name": ...}
+    """),
+    (lambda: normalize(x, "n c t -> n", moments=Moments(24, 0.0, 1.0)), SpecError, """
+        the fields of Moments are tensors
+          received: count=24
+          instead:  count=torch.tensor(...)
+    """),
+    (lambda: normalize(x.to_sparse(), "n c t -> n"), SpecError, """
+        x is a dense tensor
+            n c t -> n
+            ^ ^ ^
+          received: x of layout torch.sparse_coo
+          instead:  x.values() of a jagged tensor, and Partition.from_offsets(x.offsets()) as a label of its rows
+    """),
+    (lambda: Norm("v c -> ty[v] c", affine="ty[v] c", conditional="c", ty=2, c=8)(x[0], weight=x[0, 0]), SpecError, """
+        label 'ty' is read, and not given
+            v c -> ty[v] c
+                   ^^^^^
+          instead:  ty=ids
+    """),
+    (lambda: Norm("n c t -> n", affine="c", c=32, dtype=torch.int64), SpecError, """
+        bias is True or False, and dtype a floating type
+          received: bias=True, dtype=torch.int64
+          instead:  bias=False, dtype=torch.float32
     """),
     (lambda: Norm("n c t -> n")(x, weight=x), SpecError, """
         weight and bias are given at the call to a layer that was built for them

@@ -291,6 +291,17 @@ def test_gradient_of_a_weight_at_zero_is_that_of_the_formula():
     torch.testing.assert_close(ours, formula, rtol=1e-10, atol=1e-10)
 
 
+def test_gradient_of_weights_of_huge_values():
+    x, w = torch.tensor([[1e30, -1e30, 1e30]]), torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    normalize(x, "n c, n c -> n", w, scale=False).mul(1e-30).sum().backward()
+    assert w.grad.isfinite().all()
+    assert w.grad.abs().sum() > 0
+
+
+def test_eps_below_what_the_dtype_holds():
+    assert torch.equal(normalize(torch.zeros(2, 4), "... c -> ...", center=False, eps=1e-50), torch.zeros(2, 4))
+
+
 def test_constant_weights_change_nothing():
     x = torch.randn(2, 3, 4, 5, 5)
     plain = normalize(x, "n c d h w -> n c")

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from flexnorm import Partition, normalize
-from flexnorm.arguments import Options, prepare
+from flexnorm.arguments import Affine, Options, prepare
 from flexnorm.kernels import Plan, aten, choose, native, stat_dtype
 from flexnorm.spec import Spec
 
 
-def recipe_for(pattern, x, *, mask=None, affine=None, sizes=None, labels=None, **options):
+def recipe_for(pattern, x, *, mask=None, affine=None, weight=None, bias=None, sizes=None, labels=None, **options):
     spec = Spec.parse(pattern)
-    params = spec.read(affine, "affine") if affine else None
-    return prepare(spec, x, mask, Options(**options), params, sizes or {}, labels or {})
+    affines = [Affine(spec.read(affine, "affine"), weight, bias)] if affine else []
+    return prepare(spec, x, mask, Options(**options), affines, sizes or {}, labels or {})[0]
 
 
 def saved(f):
@@ -74,7 +74,7 @@ def test_split_entry_points_make_up_the_fused_one(case):
     recipe = recipe_for(
         case.pattern,
         x,
-        **{k: kwargs.get(k) for k in ("mask", "affine", "sizes", "labels")},
+        **{k: kwargs.get(k) for k in ("mask", "affine", "weight", "bias", "sizes", "labels")},
         **case.options,
     )
     mask, weight, bias = kwargs.get("mask"), kwargs.get("weight"), kwargs.get("bias")
@@ -101,7 +101,9 @@ NATIVE = [
 def test_native_agrees_with_aten(pattern, shape, affine, parameter, dtype, scale, offset):
     x = (torch.randn(shape, dtype=torch.float64) * scale + offset).to(dtype)
     weight = torch.randn(parameter, dtype=dtype) if parameter else None
-    recipe = recipe_for(pattern, x, affine=affine, center=False, sizes={"g": 2} if "g" in pattern else {})
+    recipe = recipe_for(
+        pattern, x, affine=affine, weight=weight, center=False, sizes={"g": 2} if "g" in pattern else {}
+    )
     assert native.refusal(recipe, x, weight, None) is None
     assert choose(recipe, x, weight, None, differentiated=False) == Plan("native", "torch's rms_norm is the same")
     expected, _ = aten.forward(recipe, x, None, weight, None)
@@ -129,7 +131,7 @@ def test_native_refuses_with_a_reason(arguments, reason):
     arguments = dict(arguments)
     x = torch.randn(4, 8).to(arguments.pop("dtype", torch.float32))
     weight = arguments.pop("weight", None)
-    recipe = recipe_for(arguments.pop("pattern", "n c -> n"), x, **arguments)
+    recipe = recipe_for(arguments.pop("pattern", "n c -> n"), x, weight=weight, **arguments)
     plan = choose(recipe, x, weight, None, differentiated=False)
     assert plan.room == "aten"
     assert reason in plan.reason

@@ -129,6 +129,57 @@ def test_travels(travel):
     assert repr(other).replace("count", "") == repr(norm).replace("count", "")
 
 
+@pytest.mark.parametrize("travel", [copy.deepcopy, lambda norm: pickle.loads(pickle.dumps(norm))])
+def test_a_copy_sees_labels_that_are_loaded_into_it(travel):
+    """A copied buffer counts its versions anew: what was built from the first one must not be taken for it."""
+    a, b = (Norm("n f -> n band[f]", band=Partition.from_sizes(sizes)) for sizes in ([2, 4], [3, 3]))
+    x = torch.randn(4, 6)
+    a.load_state_dict(a.state_dict())
+    a(x)
+    other = travel(a)
+    other.load_state_dict(b.state_dict())
+    assert torch.equal(other(x), b(x))
+
+
+def test_labels_written_in_inference_mode_and_under_vmap():
+    x = torch.randn(4, 6)
+    with torch.inference_mode():
+        norm, other = (Norm("n f -> n band[f]", band=Partition.from_sizes(sizes)) for sizes in ([2, 4], [3, 3]))
+        norm(x)
+        norm.load_state_dict(other.state_dict())
+        assert torch.equal(norm(x), other(x))
+    models = [Norm("n f -> n band[f]", affine="f", f=6, band=Partition.from_sizes(sizes)) for sizes in ([2, 4], [3, 3])]
+    params, buffers = torch.func.stack_module_state(models)
+
+    def call(params, buffers):
+        return torch.func.functional_call(models[0], (params, buffers), (x,))
+
+    torch.testing.assert_close(torch.func.vmap(call)(params, buffers), torch.stack([model(x) for model in models]))
+    copy.deepcopy(models[0])
+
+
+def test_unchanged_labels_are_not_built_again():
+    norm = Norm("n f -> n band[f]", band=Partition.from_sizes([2, 4]))
+    norm(torch.randn(2, 6))
+    before = norm._partition("band")
+    norm.load_state_dict(norm.state_dict())  # as the broadcast of buffers in a parallel wrapper: written, and the same
+    assert norm._partition("band") is before
+
+
+def test_built_on_the_default_device():
+    with torch.device("meta"):
+        norm = Norm("n f -> n band[f]", affine="f", f=5, band=Partition.from_sizes([2, 3]))
+    assert norm.weight.is_meta
+    assert norm.band_ids.is_meta
+    norm.to_empty(device="cpu").reset_parameters()
+    assert norm.band_ids.tolist() == [0, 0, 1, 1, 1]
+
+
+def test_an_axis_may_be_called_self():
+    x = torch.randn(2, 6)
+    assert torch.equal(Norm("n (self c) -> n self", self=2)(x), normalize(x, "n (g c) -> n g", g=2))
+
+
 def test_dtype_and_device_moves():
     norm = Norm("n f -> n band[f]", affine="f", band=Partition.from_sizes([2, 3]), f=5)
     assert norm.half()(torch.randn(2, 5).half()).dtype == torch.float16
@@ -197,6 +248,16 @@ def test_adaptive_group_norm_of_diffusion_models():
     norm = Norm("n (g c) h w -> n g", affine="(g c)", conditional="n (g c)", g=4, c=2)
     expected = nn.functional.group_norm(x, 4) * (1 + scale)[..., None, None] + shift[..., None, None]
     torch.testing.assert_close(norm(x, weight=1 + scale, bias=shift), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_conditional_in_half_precision_is_rounded_once(dtype):
+    norm = Norm("n c -> n", affine="c", conditional="n c", c=4, dtype=dtype)
+    x, w = (torch.randn(2, 4) * 1e-3).to(dtype), torch.full((2, 4), 300.0).to(dtype)
+    nn.init.constant_(norm.weight, 300)  # the product of the weights alone is no float16
+    plain = oracle.normalize(x, "n c -> n")
+    y = norm(x, weight=w).double()
+    assert ((y - plain * 9e4).abs() <= torch.finfo(dtype).eps * (plain * 9e4).abs() + 0.1).all()
 
 
 def test_conditional_gradients_reach_everything():
@@ -275,6 +336,40 @@ def test_threads_do_not_see_each_other():
         thread.start()
         thread.join()
     assert failed == [True]
+
+
+def test_one_given_in_many_threads():
+    norm, x, shared, failed = Norm("v c -> graph[v]"), torch.randn(2, 3), given(graph=torch.tensor([0, 1])), []
+    entered = threading.Barrier(2)
+
+    def use():
+        try:
+            with shared:
+                entered.wait()
+                norm(x)
+                entered.wait()
+        except Exception as error:  # whatever it is, the test names it
+            failed.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert failed == []
+
+
+def test_given_reaches_a_backward_pass_on_a_thread_of_its_own():
+    """As on a GPU: autograd's worker does not know the `with` block that backward() is called in."""
+    pattern, options = MASKED
+    norm, x, mask = Norm(pattern, **options), torch.randn(2, 5, 6), torch.rand(2, 5) < 0.6
+    norm(x, mask).square().sum().backward()
+    expected = norm.weight.grad.clone()
+    norm.zero_grad()
+    with given(mask=mask):
+        loss = checkpoint(norm, x.requires_grad_(), use_reentrant=False).square().sum()
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    torch.testing.assert_close(norm.weight.grad, expected)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

@@ -3,8 +3,10 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
@@ -41,6 +43,9 @@ def test_from_sizes_and_offsets():
     for made in (
         Partition.from_sizes([2, 0, 3, 0]),
         Partition.from_sizes(torch.tensor([2, 0, 3, 0], dtype=torch.int32)),
+        Partition.from_sizes(size for size in [2, 0, 3, 0]),
+        Partition.from_sizes(np.array([2, 0, 3, 0])),
+        Partition.from_sizes([np.int64(2), 0, 3, 0]),
         Partition.from_offsets([0, 2, 2, 5, 5]),
         Partition.from_offsets(torch.tensor([0, 2, 2, 5, 5], dtype=torch.int32)),
     ):
@@ -63,6 +68,9 @@ def test_from_sizes_and_offsets():
         (lambda: Partition.from_sizes([1, -2]), ShapeError, "[1, -2]"),
         (lambda: Partition.from_sizes([1.0]), SpecError, "whole numbers"),
         (lambda: Partition.from_sizes(torch.ones(2, 2, dtype=torch.long)), ShapeError, "(2, 2)"),
+        (lambda: Partition.from_sizes(5), SpecError, "whole numbers"),
+        (lambda: Partition.from_sizes([2**70]), SpecError, "whole numbers"),
+        (lambda: Partition(torch.tensor([0]), count=2**70), SpecError, "whole number of 0 or more"),
         (lambda: Partition.from_offsets([1, 2]), ShapeError, "from_sizes"),
         (lambda: Partition.from_offsets([0, 3, 2]), ShapeError, "never fall"),
         (lambda: Partition.from_offsets([]), ShapeError, "begin with 0"),
@@ -109,6 +117,13 @@ def test_pytree():
     assert len(leaves) == 1
     assert leaves[0] is p.ids
     assert pytree.tree_unflatten(leaves, spec)["graph"] == p
+
+
+def test_fake_tensors_are_not_looked_at():
+    with FakeTensorMode():
+        ids = torch.zeros(5, dtype=torch.long)
+        y = normalize(torch.randn(5, 3), "v c, v -> graph[v] c", torch.rand(5), graph=Partition(ids, count=2))
+    assert y.shape == (5, 3)
 
 
 def test_through_data_loader_workers():

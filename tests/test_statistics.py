@@ -123,6 +123,19 @@ def test_a_value():
     assert moments(torch.randn(0, 3), "n c -> c").var.tolist() == [0, 0, 0]
 
 
+def test_an_empty_part_changes_nothing_whatever_its_mean():
+    """The mean of nothing is often NaN."""
+    m = Moments(torch.tensor([2, 0]), torch.tensor([3.0, float("nan")]), torch.tensor([8.0, float("nan")]))
+    whole = m.coarsen("part -> ")
+    assert (whole.count.item(), whole.mean.item(), whole.m2.item()) == (2, 3, 8)
+
+
+def test_a_pytree_without_the_low_part():
+    m = Moments(torch.ones(2), torch.zeros(2), torch.ones(2))
+    assert len(pytree.tree_leaves(m)) == 3
+    assert pytree.tree_map(lambda t: t + 1, m).low is None
+
+
 def test_bad_input():
     m = moments(torch.randn(2, 3), "n c -> n")
     with pytest.raises(ShapeError, match=r"\(2,\) and \(3,\)"):
@@ -131,5 +144,13 @@ def test_bad_input():
         m.coarsen("n, n -> ")
     with pytest.raises(SpecError, match=r"kind=Partition\(ids\)"):
         m.coarsen("n -> kind[n]")
+    with pytest.raises(SpecError, match="the pattern reads no 'foo'"):
+        m.coarsen("n -> ", foo=3)
+    with pytest.raises(ShapeError, match="one id at every index"):
+        m.coarsen("n -> kind[n]", kind=Partition.from_sizes([5]))
+    with pytest.raises(SpecError, match="merge with Moments"):
+        m.merge(3)
+    with pytest.raises(ShapeError, match="one shape and device"):
+        Moments(torch.ones(2), torch.ones(3), torch.ones(3)).coarsen("n -> ")
     with pytest.raises(ShapeError, match="names 2, and"):
         m.coarsen("n c -> n")

@@ -90,8 +90,9 @@ def backward_dx(
         weights = _counts(recipe, mask, xhat.dtype)
         if recipe.mask is not None and mask is not None and weights is not None and not recipe.membership:
             # d var / d w_i = ((x_i - mean)^2 - var) / n, and d mean / d w_i = (x_i - mean) / n
-            rest = xhat * xhat - sets.spread(moments.var * factor * factor)
-            dw = xhat * sets.spread(mean_g) + 0.5 * rest * sets.spread(mean_gx)
+            dw = xhat * sets.spread(mean_g)
+            if recipe.scale:
+                dw = dw + 0.5 * (xhat * xhat - sets.spread(moments.var * factor * factor)) * sets.spread(mean_gx)
             dmask = recipe.mask.outward(recipe.mask.sum(-dw)).to(mask.dtype)
             through = through * weights
         g = g - through

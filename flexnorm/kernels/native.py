@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,7 +28,7 @@ def refusal(recipe: Recipe, x: Tensor, weight: Tensor | None, bias: Tensor | Non
         return "torch has no norm over labels"
     if recipe.activation is not None or bias is not None:
         return "torch's rms_norm has no bias and no activation"
-    if recipe.eps <= 0:
+    if recipe.eps < torch.finfo(x.dtype).tiny:
         return "torch divides by zero where x and eps are 0"
     if x.dtype.itemsize < 4:
         return "torch's rms_norm rounds half precision twice"
