@@ -30,7 +30,7 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
     what is given: `torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=given.context_fn)`.
 
     >>> from torch import nn
-    >>> from flexnorm import Norm
+    >>> from flexnorm import Norm, given
     >>> model = nn.Sequential(nn.Linear(4, 8), Norm("v c -> graph[v] c"), nn.ReLU())
     >>> with given(graph=torch.tensor([0, 0, 1])):
     ...     y = model(torch.randn(3, 4))
