@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .axes import Axes, bind, check_operand, check_shape, solve
 from .errors import ShapeError, SpecError, draw, nearest, say, shown
-from .kernels import Recipe, aten, stat_dtype
+from .kernels import Operands, Recipe, aten, stat_dtype
 from .partition import Partition, readable
 from .sets import Labels, Sets, sets_of
 from .spec import RESERVED, Expr, Lookup, Spec, keyword
@@ -153,8 +153,8 @@ def prepare(
     affines: Sequence[Affine],
     sizes: Mapping[str, int],
     labels: Labels,
-) -> tuple[Recipe, Tensor | None, Tensor | None]:
-    """Checks everything against the pattern, and says what is to be computed, with which weight and bias."""
+) -> tuple[Recipe, Operands]:
+    """Checks everything against the pattern, and says what is to be computed, and with what."""
     _check_x(spec, x)
     axes = bind(spec, tuple(x.shape), tuple(sizes.items()))
     mask_sets = None if mask is None else _check_mask(spec, axes, x, mask)
@@ -175,7 +175,7 @@ def prepare(
         eps=options.eps,
         activation=options.activation,
     )
-    return recipe, weight, bias
+    return recipe, Operands(x, mask, weight, bias)
 
 
 def _check_x(spec: Spec, x: Tensor) -> None:

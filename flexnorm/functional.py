@@ -21,7 +21,7 @@ from .arguments import (
     sort_names,
 )
 from .errors import SpecError, say, shown
-from .kernels import Recipe, aten, choose, native
+from .kernels import Operands, Recipe, aten, choose, native
 from .partition import Partition
 from .spec import Expr, Spec
 from .statistics import Moments
@@ -122,8 +122,8 @@ def moments(
     """
     spec = Spec.parse(pattern)
     told, partitions = _names(spec, None, sizes, labels, names)
-    recipe, _, _ = prepare(spec, x, mask, Options(), [], told, partitions)
-    return aten.statistics(recipe, x, mask).outward(recipe.sets)
+    recipe, operands = prepare(spec, x, mask, Options(), [], told, partitions)
+    return aten.statistics(recipe, operands).outward(recipe.sets)
 
 
 def _names(
@@ -154,39 +154,37 @@ def run(
     tracked: bool = False,
 ) -> tuple[Tensor, Moments | None]:
     """The one way from arguments to a result: prepare, plan, compute. With `tracked`, x's own moments too."""
-    recipe, weight, bias = prepare(spec, x, mask, options, affines, sizes, labels)
+    recipe, operands = prepare(spec, x, mask, options, affines, sizes, labels)
     external = None if moments is None else inward_moments(spec.sets, recipe, moments, x)
-    operands = (x, mask, weight, bias, *(() if external is None else (external.count, external.mean, external.m2)))
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    transformed = _seen_through(operands)
+    tensors = [*operands, *(() if external is None else (external.count, external.mean, external.m2))]
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    transformed = _seen_through(tensors)
     plan = choose(
         recipe,
-        x,
-        weight,
-        bias,
+        operands,
         differentiated=differentiated,
         transformed=transformed,
         moments="given" if external is not None else "asked for" if tracked else None,
     )
     if plan.room == "native":
-        return native.forward(recipe, x, weight), None
+        return native.forward(recipe, operands), None
     if differentiated and not transformed:
         fields = (None,) * 4 if external is None else (external.count, external.mean, external.m2, external.low)
-        y, *own = _Normalize.apply(recipe, x, mask, weight, bias, *fields)  # type: ignore[no-untyped-call]
+        y, *own = _Normalize.apply(recipe, *operands, *fields)  # type: ignore[no-untyped-call]
     else:
-        m = aten.statistics(recipe, x, mask) if external is None else external
-        y, own = aten.apply(recipe, x, mask, m, weight, bias), [m.count, m.mean, m.m2]
+        m = aten.statistics(recipe, operands) if external is None else external
+        y, own = aten.apply(recipe, operands, m), [m.count, m.mean, m.m2]
     return y, Moments(*own).outward(recipe.sets) if tracked else None
 
 
-def _seen_through(operands: Iterable[Tensor | None]) -> bool:
+def _seen_through(tensors: Iterable[Tensor | None]) -> bool:
     """Whether somebody has to see the operations themselves, so that no autograd Function may hide them: its forward
     derivative would be zero, silently."""
     if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
         return True
     return forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
-        for t in operands
+        for t in tensors
     )
 
 
@@ -208,12 +206,13 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.recipe, ctx.own = recipe, count is None
         ctx.set_materialize_grads(False)
+        operands = Operands(x, mask, weight, bias)
         if count is None or mean is None or m2 is None:
-            y, moments = aten.forward(recipe, x, mask, weight, bias)
+            y, moments = aten.forward(recipe, operands)
         else:
             moments = Moments(count, mean, m2, low)
-            y = aten.apply(recipe, x, mask, moments, weight, bias)
-        ctx.save_for_backward(x, mask, weight, bias, moments.count, moments.mean, moments.m2, moments.low)
+            y = aten.apply(recipe, operands, moments)
+        ctx.save_for_backward(*operands, moments.count, moments.mean, moments.m2, moments.low)
         if not ctx.own:
             return (y,)
         ctx.mark_non_differentiable(moments.count, moments.mean, moments.m2)
@@ -221,17 +220,16 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        recipe: Recipe = ctx.recipe
         if dy is None:
             return (None,) * 9
-        x, mask, weight, bias, count, mean, m2, low = ctx.saved_tensors
+        recipe: Recipe = ctx.recipe
+        saved = ctx.saved_tensors  # asked for once: checkpointing unpacks each time
+        operands, moments = Operands(*saved[:4]), Moments(*saved[4:])
         if torch.is_grad_enabled() and ctx.own:  # this will be differentiated: let the moments depend on x
-            moments = aten.statistics(recipe, x, mask)
-        else:
-            moments = Moments(count, mean, m2, low)
-        sums = aten.backward_sums(recipe, dy, x, mask, moments, weight, bias)
+            moments = aten.statistics(recipe, operands)
+        sums = aten.backward_sums(recipe, operands, moments, dy)
         dx = dmask = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dx, dmask = aten.backward_dx(recipe, dy, x, mask, moments, weight, bias, sums if ctx.own else None)
+            dx, dmask = aten.backward_dx(recipe, operands, moments, dy, sums if ctx.own else None)
         of_moments = (None,) * 3 if ctx.own else aten.backward_moments(recipe, moments, sums)
         return (None, dx, dmask, sums.weight, sums.bias, *of_moments, None)

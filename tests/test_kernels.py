@@ -6,7 +6,7 @@ import torch
 
 from flexnorm import Partition, normalize
 from flexnorm.arguments import Affine, Options, prepare
-from flexnorm.kernels import Plan, aten, choose, native, stat_dtype
+from flexnorm.kernels import Operands, Plan, aten, choose, native, stat_dtype
 from flexnorm.spec import Spec
 
 
@@ -77,13 +77,13 @@ def test_split_entry_points_make_up_the_fused_one(case):
         **{k: kwargs.get(k) for k in ("mask", "affine", "weight", "bias", "sizes", "labels")},
         **case.options,
     )
-    mask, weight, bias = kwargs.get("mask"), kwargs.get("weight"), kwargs.get("bias")
-    y, m = aten.forward(recipe, x, mask, weight, bias)
-    again = aten.statistics(recipe, x, mask)
+    operands = Operands(x, kwargs.get("mask"), kwargs.get("weight"), kwargs.get("bias"))
+    y, m = aten.forward(recipe, operands)
+    again = aten.statistics(recipe, operands)
     assert all(
         torch.equal(a, b) for a, b in zip((m.count, m.mean, m.m2), (again.count, again.mean, again.m2), strict=True)
     )
-    assert torch.equal(aten.apply(recipe, x, mask, m, weight, bias), y)
+    assert torch.equal(aten.apply(recipe, operands, m), y)
 
 
 NATIVE = [
@@ -104,10 +104,12 @@ def test_native_agrees_with_aten(pattern, shape, affine, parameter, dtype, scale
     recipe = recipe_for(
         pattern, x, affine=affine, weight=weight, center=False, sizes={"g": 2} if "g" in pattern else {}
     )
-    assert native.refusal(recipe, x, weight, None) is None
-    assert choose(recipe, x, weight, None, differentiated=False) == Plan("native", "torch's rms_norm is the same")
-    expected, _ = aten.forward(recipe, x, None, weight, None)
-    ours = native.forward(recipe, x, weight)
+    assert native.refusal(recipe, Operands(x, None, weight)) is None
+    assert choose(recipe, Operands(x, None, weight), differentiated=False) == Plan(
+        "native", "torch's rms_norm is the same"
+    )
+    expected, _ = aten.forward(recipe, Operands(x, None, weight))
+    ours = native.forward(recipe, Operands(x, None, weight))
     few = 8 * torch.finfo(dtype).eps  # the mean of squares, its root, two products, on each side
     torch.testing.assert_close(ours, expected, rtol=few, atol=0)
 
@@ -132,7 +134,7 @@ def test_native_refuses_with_a_reason(arguments, reason):
     x = torch.randn(4, 8).to(arguments.pop("dtype", torch.float32))
     weight = arguments.pop("weight", None)
     recipe = recipe_for(arguments.pop("pattern", "n c -> n"), x, weight=weight, **arguments)
-    plan = choose(recipe, x, weight, None, differentiated=False)
+    plan = choose(recipe, Operands(x, None, weight), differentiated=False)
     assert plan.room == "aten"
     assert reason in plan.reason
     assert str(plan) == f"aten ({plan.reason})"
@@ -141,9 +143,9 @@ def test_native_refuses_with_a_reason(arguments, reason):
 def test_plan_says_why():
     x = torch.randn(4, 8)
     recipe = recipe_for("n c -> n", x, center=False)
-    assert "gradient" in choose(recipe, x, None, None, differentiated=True).reason
-    assert "torch.func" in choose(recipe, x, None, None, differentiated=False, transformed=True).reason
-    assert "given" in choose(recipe, x, None, None, differentiated=False, moments="given").reason
+    assert "gradient" in choose(recipe, Operands(x), differentiated=True).reason
+    assert "torch.func" in choose(recipe, Operands(x), differentiated=False, transformed=True).reason
+    assert "given" in choose(recipe, Operands(x), differentiated=False, moments="given").reason
 
 
 def test_train_and_eval_give_the_same_bits_where_one_room_serves_both():

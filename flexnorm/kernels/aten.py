@@ -14,72 +14,46 @@ from torch import Tensor
 
 from ..canonical import memory_order
 from ..statistics import Moments, divisor, pool, pool_about_zero
-from .interface import Recipe, Sums, stat_dtype
+from .interface import Operands, Recipe, Sums, stat_dtype
 
 
-def forward(
-    recipe: Recipe, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Moments]:
-    moments = statistics(recipe, x, mask)
-    return apply(recipe, x, mask, moments, weight, bias), moments
+def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Moments]:
+    moments = statistics(recipe, operands)
+    return apply(recipe, operands, moments), moments
 
 
-def statistics(recipe: Recipe, x: Tensor, mask: Tensor | None) -> Moments:
-    values = _values(recipe, x, mask)
-    weights = _counts(recipe, mask, values.dtype)
+def statistics(recipe: Recipe, operands: Operands) -> Moments:
+    values = _values(recipe, operands, operands.x)
+    weights = _counts(recipe, operands, values.dtype)
     if weights is not None and not recipe.membership:
         # What weighs nothing is in no statistic, not even if it is NaN, as 0 * NaN would be.
         values = values.where((weights > 0) | values.isfinite(), 0.0)
     return (pool if recipe.center else pool_about_zero)(recipe.sets, weights, values)
 
 
-def apply(
-    recipe: Recipe,
-    x: Tensor,
-    mask: Tensor | None,
-    moments: Moments,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    y = _affine(recipe, _normalized(recipe, x, mask, moments), weight, bias)
+def apply(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
+    y = _affine(recipe, operands, _normalized(recipe, operands, moments))
     if recipe.activation is not None:
         y = ACTIVATIONS[recipe.activation](y)
-    return _outward(recipe, y, x, mask)
+    return _outward(recipe, operands, y)
 
 
-def backward_sums(
-    recipe: Recipe,
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    moments: Moments,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> Sums:
-    xhat = _normalized(recipe, x, mask, moments)
-    dz = _through_activation(recipe, _values(recipe, dy, mask), xhat, weight, bias)
+def backward_sums(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Sums:
+    xhat, dz, g = _backward_values(recipe, operands, moments, dy)
     dweight = dbias = None
     if recipe.params is not None:
-        dweight = None if weight is None else recipe.params.outward(recipe.params.sum(dz * xhat)).to(weight.dtype)
-        dbias = None if bias is None else recipe.params.outward(recipe.params.sum(dz)).to(bias.dtype)
-    g = dz if weight is None else dz * _spread_param(recipe, weight, dz.dtype)
+        if operands.weight is not None:
+            dweight = recipe.params.outward(recipe.params.sum(dz * xhat)).to(operands.weight.dtype)
+        if operands.bias is not None:
+            dbias = recipe.params.outward(recipe.params.sum(dz)).to(operands.bias.dtype)
     return Sums(recipe.sets.sum(g), recipe.sets.sum(g * xhat), dweight, dbias)
 
 
 def backward_dx(
-    recipe: Recipe,
-    dy: Tensor,
-    x: Tensor,
-    mask: Tensor | None,
-    moments: Moments,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    sums: Sums | None,
+    recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor, sums: Sums | None
 ) -> tuple[Tensor, Tensor | None]:
-    sets = recipe.sets
-    xhat = _normalized(recipe, x, mask, moments)
-    dz = _through_activation(recipe, _values(recipe, dy, mask), xhat, weight, bias)
-    g = dz if weight is None else dz * _spread_param(recipe, weight, dz.dtype)
+    sets, mask = recipe.sets, operands.mask
+    xhat, _, g = _backward_values(recipe, operands, moments, dy)
     factor = inverse_sigma(recipe, moments)
     dmask = None
     if sums is not None:
@@ -87,7 +61,7 @@ def backward_dx(
         mean_g = sums.grad / n if recipe.center else torch.zeros_like(sums.grad)
         mean_gx = sums.grad_xhat / n if recipe.scale else torch.zeros_like(sums.grad_xhat)
         through = sets.spread(mean_g) + xhat * sets.spread(mean_gx)
-        weights = _counts(recipe, mask, xhat.dtype)
+        weights = _counts(recipe, operands, xhat.dtype)
         if recipe.mask is not None and mask is not None and weights is not None and not recipe.membership:
             # d var / d w_i = ((x_i - mean)^2 - var) / n, and d mean / d w_i = (x_i - mean) / n
             dw = xhat * sets.spread(mean_g)
@@ -96,7 +70,7 @@ def backward_dx(
             dmask = recipe.mask.outward(recipe.mask.sum(-dw)).to(mask.dtype)
             through = through * weights
         g = g - through
-    return _outward(recipe, g * sets.spread(factor), x, mask), dmask
+    return _outward(recipe, operands, g * sets.spread(factor)), dmask
 
 
 def backward_moments(recipe: Recipe, moments: Moments, sums: Sums) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -122,35 +96,39 @@ def inverse_sigma(recipe: Recipe, moments: Moments) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
 
-def _normalized(recipe: Recipe, x: Tensor, mask: Tensor | None, moments: Moments) -> Tensor:
+def _normalized(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
     """(x - mean) / sigma, the mean subtracted in two steps as it is known to twice the precision; 0 outside."""
     sets = recipe.sets
-    values = _values(recipe, x, mask)
+    values = _values(recipe, operands, operands.x)
     if recipe.center:
         values = values - sets.spread(moments.mean)
         if moments.low is not None:
             values = values - sets.spread(moments.low)
-        values = _inside(recipe, values, mask)  # 0 - mean would overflow in places where nobody looks
+        values = _inside(recipe, operands, values)  # 0 - mean would overflow in places where nobody looks
     return values * sets.spread(inverse_sigma(recipe, moments))
 
 
-def _affine(recipe: Recipe, xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is not None:
-        xhat = xhat * _spread_param(recipe, weight, xhat.dtype)
-    if bias is not None:
-        xhat = xhat + _spread_param(recipe, bias, xhat.dtype)
+def _affine(recipe: Recipe, operands: Operands, xhat: Tensor) -> Tensor:
+    if operands.weight is not None:
+        xhat = xhat * _spread_param(recipe, operands.weight, xhat.dtype)
+    if operands.bias is not None:
+        xhat = xhat + _spread_param(recipe, operands.bias, xhat.dtype)
     return xhat
 
 
-def _through_activation(recipe: Recipe, dy: Tensor, xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if recipe.activation is None:
-        return dy
-    higher = torch.is_grad_enabled()
-    z = _affine(recipe, xhat, weight, bias)
-    z = z if z.requires_grad else z.detach().requires_grad_()
-    with torch.enable_grad():
-        y = ACTIVATIONS[recipe.activation](z)
-    return torch.autograd.grad(y, z, dy, create_graph=higher)[0]
+def _backward_values(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """xhat, the gradient before the activation, and the one before weight and bias."""
+    xhat = _normalized(recipe, operands, moments)
+    dz = _values(recipe, operands, dy)
+    if recipe.activation is not None:
+        higher = torch.is_grad_enabled()
+        z = _affine(recipe, operands, xhat)
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ACTIVATIONS[recipe.activation](z)
+        (dz,) = torch.autograd.grad(y, z, dz, create_graph=higher)
+    weight = operands.weight
+    return xhat, dz, dz if weight is None else dz * _spread_param(recipe, weight, dz.dtype)
 
 
 def _spread_param(recipe: Recipe, param: Tensor, dtype: torch.dtype) -> Tensor:
@@ -158,29 +136,30 @@ def _spread_param(recipe: Recipe, param: Tensor, dtype: torch.dtype) -> Tensor:
     return recipe.params.spread(recipe.params.inward(param.to(dtype)))
 
 
-def _counts(recipe: Recipe, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _counts(recipe: Recipe, operands: Operands, dtype: torch.dtype) -> Tensor | None:
     """How much every element counts, in the elementary view: whole numbers, or weights in the dtype of statistics."""
-    if recipe.mask is None or mask is None:
+    if recipe.mask is None or operands.mask is None:
         return None
-    return recipe.mask.inward(mask).to(torch.int64 if recipe.membership else dtype)
+    return recipe.mask.inward(operands.mask).to(torch.int64 if recipe.membership else dtype)
 
 
-def _values(recipe: Recipe, t: Tensor, mask: Tensor | None) -> Tensor:
+def _values(recipe: Recipe, operands: Operands, t: Tensor) -> Tensor:
     """x or dy in the elementary view and the dtype of statistics; what is outside is 0 at once."""
     t = t.reshape(recipe.sets.axes.sizes).to(stat_dtype(t.dtype))
-    return _inside(recipe, t, mask)
+    return _inside(recipe, operands, t)
 
 
-def _inside(recipe: Recipe, t: Tensor, mask: Tensor | None) -> Tensor:
+def _inside(recipe: Recipe, operands: Operands, t: Tensor) -> Tensor:
     """t, and 0 where a bool mask says that there is no element."""
-    if recipe.mask is None or mask is None or not recipe.membership:
+    if recipe.mask is None or operands.mask is None or not recipe.membership:
         return t
-    return t.where(recipe.mask.inward(mask), 0.0)
+    return t.where(recipe.mask.inward(operands.mask), 0.0)
 
 
-def _outward(recipe: Recipe, t: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+def _outward(recipe: Recipe, operands: Operands, t: Tensor) -> Tensor:
     """y or dx in x's own shape, dtype and memory format, 0 outside the mask."""
-    t = _inside(recipe, t, mask)
+    x = operands.x
+    t = _inside(recipe, operands, t)
     t = t.expand(recipe.sets.axes.sizes).to(x.dtype).reshape(x.shape)
     if t.stride() == x.stride():
         return t

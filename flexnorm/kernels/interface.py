@@ -29,6 +29,15 @@ class Recipe:
     activation: str | None = None
 
 
+class Operands(NamedTuple):
+    """The tensors of a call: x in its own shape; mask, weight and bias in the shapes that the pattern writes."""
+
+    x: Tensor
+    mask: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
 class Sums(NamedTuple):
     """What the backward pass sums: over every set, and over every parameter."""
 
@@ -41,52 +50,25 @@ class Sums(NamedTuple):
 class Room(Protocol):
     """The five entry points.
 
-    x, dy, y and dx have x's own shape; mask, weight and bias the shapes that the pattern writes; moments and sums over
-    sets the internal shape of `recipe.sets`. With `center=False` the moments are those about zero. Nothing is modified.
-    Statistics and sums are in `stat_dtype(x.dtype)`; y and dx have x's dtype and memory format.
+    dy, y and dx have x's own shape; moments and sums over sets the internal shape of `recipe.sets`. With `center=False`
+    the moments are those about zero. Nothing is modified. Statistics and sums are in `stat_dtype(x.dtype)`; y and dx
+    have x's dtype and memory format.
     """
 
-    def forward(
-        self, recipe: Recipe, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor, Moments]:
+    def forward(self, recipe: Recipe, operands: Operands) -> tuple[Tensor, Moments]:
         """`statistics`, then `apply`, in one."""
 
-    def statistics(self, recipe: Recipe, x: Tensor, mask: Tensor | None) -> Moments:
+    def statistics(self, recipe: Recipe, operands: Operands) -> Moments:
         """The moments of every set."""
 
-    def apply(
-        self,
-        recipe: Recipe,
-        x: Tensor,
-        mask: Tensor | None,
-        moments: Moments,
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
+    def apply(self, recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
         """y, with these moments."""
 
-    def backward_sums(
-        self,
-        recipe: Recipe,
-        dy: Tensor,
-        x: Tensor,
-        mask: Tensor | None,
-        moments: Moments,
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> Sums:
+    def backward_sums(self, recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Sums:
         """The sums that dx and the gradients of the parameters are made of."""
 
     def backward_dx(
-        self,
-        recipe: Recipe,
-        dy: Tensor,
-        x: Tensor,
-        mask: Tensor | None,
-        moments: Moments,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        sums: Sums | None,
+        self, recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor, sums: Sums | None
     ) -> tuple[Tensor, Tensor | None]:
         """dx, and the gradient of a float mask. `sums` None: the moments came from elsewhere and do not depend on x."""
 

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .interface import Recipe
+from .interface import Operands, Recipe
 
 
-def refusal(recipe: Recipe, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+def refusal(recipe: Recipe, operands: Operands) -> str | None:
     """Why torch has no such operation; None if it has one."""
     sets, params = recipe.sets, recipe.params
+    x, _, weight, bias = operands
     if recipe.center:
         return "torch's norms with a mean know it to float32 only"
     if recipe.mask is not None:
@@ -44,8 +45,9 @@ def refusal(recipe: Recipe, x: Tensor, weight: Tensor | None, bias: Tensor | Non
     return None
 
 
-def forward(recipe: Recipe, x: Tensor, weight: Tensor | None) -> Tensor:
+def forward(recipe: Recipe, operands: Operands) -> Tensor:
     """y, for a recipe that `refusal` does not refuse."""
+    x, _, weight, _ = operands
     columns = math.prod(recipe.sets.axes.sizes[place] for place in _kept_and_pooled(recipe)[1])
     if weight is not None:
         assert recipe.params is not None

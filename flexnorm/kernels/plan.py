@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from . import native
-from .interface import Recipe
+from .interface import Operands, Recipe
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,7 @@ class Plan:
 
 def choose(
     recipe: Recipe,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    operands: Operands,
     *,
     differentiated: bool,
     transformed: bool = False,
@@ -48,7 +44,7 @@ def choose(
         return Plan("aten", f"the moments are {moments}")
     if differentiated:
         return Plan("aten", "a gradient may be asked for, and torch's norms save more than x for it")
-    refusal = native.refusal(recipe, x, weight, bias)
+    refusal = native.refusal(recipe, operands)
     if refusal is not None:
         return Plan("aten", refusal)
     return Plan("native", "torch's rms_norm is the same")
