@@ -26,6 +26,11 @@ ORDER = [
     "context",
     "norm",
     "__init__",
+    "images",
+    "sequences",
+    "padding",
+    "graphs",
+    "spectrograms",
 ]
 ROOMS = ["interface", "aten", "native", "plan", "__init__"]
 
@@ -46,6 +51,7 @@ def test_imports_go_only_up_the_list():
     files = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
     top = {parts[0] for parts in files}
     assert top == set(ORDER), "a new file has its place in the order"
+    files.pop(("__init__",))  # the face of the package: it shows the core, and no adapter
     for parts, path in files.items():
         for target in imports(path):
             if parts[0] == "kernels" and target[0] == "kernels" and len(parts) > 1 and len(target) > 1:
@@ -71,6 +77,26 @@ def test_import_is_silent_and_loads_nothing_heavy():
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['flexnorm']"
     assert done.stderr == ""
+
+
+ADAPTERS = ["images", "sequences", "padding", "graphs", "spectrograms"]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_holds_no_formula(name):
+    """It turns a container into pattern, labels and mask: no mean, no variance, no eps in arithmetic."""
+    path = PACKAGE / f"{name}.py"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in {"mean", "var", "std", "var_mean", "std_mean"}, ast.unparse(node)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            assert "eps" not in ast.unparse(node), ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_core_does_not_load_an_adapter(name):
+    code = f"import flexnorm, sys; assert 'flexnorm.{name}' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_public_names():
