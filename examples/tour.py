@@ -1,4 +1,4 @@
-"""Images, text, graphs and speech: each normalized by one line, and compared with an independent computation.
+"""Images, text, graphs and speech: each normalized by the layer of its field, and compared with an independent result.
 
 Prints a table and a proof about padding. If a number is outside of the bound derived for it, names it and exits with 1.
 """
@@ -24,13 +24,17 @@ from torch_geometric.datasets import KarateClub
 from torch_geometric.nn import GCNConv
 from torch_geometric.utils import from_networkx, to_networkx
 
-from flexnorm import Norm, Partition, moments, normalize
+from flexnorm import Norm, moments
+from flexnorm.graphs import GraphGroupNorm, partition
+from flexnorm.images import ChannelGroupNorm
+from flexnorm.sequences import SequenceGroupNorm, TokenGroupNorm
+from flexnorm.spectrograms import MelBandNorm
 
 EPS = 1e-12  # so small that every variance becomes 1 to rounding: with eps it becomes v / (v + eps)
 FLOAT32 = torch.finfo(torch.float32).eps
 SPEECH = Path(__file__).parent / "data" / "speech.wav"
 
-HEADER = ("data", "shape", "pattern", "sets", "elements", "|mean|", "|var-1|", "diff")
+HEADER = ("data", "layer", "pattern", "sets", "elements", "|mean|", "|var-1|", "diff")
 rows, shares, failures = [], [], []
 
 
@@ -43,9 +47,9 @@ def check(what, value, bound):
     return f"{value:.1e}"
 
 
-def compare(data, x, pattern, independent, mask=None, **names):
-    """A row of the table: the moments of normalized x, and how far it is from the independent result."""
-    y = normalize(x, pattern, mask, eps=EPS, **names)
+def compare(data, x, norm, given, pattern, independent, mask=None, **names):
+    """A row of the table: the moments of norm(x, **given) by the pattern, and how far it is from the independent one."""
+    y = norm(x, **given)
 
     before, after = (moments(t.double(), pattern, mask, **names) for t in (x, y))
     real = before.count > 0  # a token of padding is a set without elements
@@ -59,7 +63,7 @@ def compare(data, x, pattern, independent, mask=None, **names):
         check(f"{data}, {pattern}: diff", (y - independent).abs().max(), error),
     )
     sizes = sorted({int(count.min()), int(count.max())})
-    rows.append((data, "x".join(map(str, x.shape)), pattern, str(count.numel()), "..".join(map(str, sizes)), *found))
+    rows.append((data, type(norm).__name__, pattern, str(count.numel()), "..".join(map(str, sizes)), *found))
 
 
 # %% Images: two photographs through a convolution
@@ -73,7 +77,8 @@ def photographs(channels=32):
 
 
 x = photographs()
-compare("2 photographs, Conv2d", x, "n (g c) h w -> n g", F.group_norm(x.double(), 8, eps=EPS), g=8)
+norm = ChannelGroupNorm(8, 32, eps=EPS, affine=False)
+compare("2 photographs", x, norm, {}, "n (g c) h w -> n g", F.group_norm(x.double(), 8, eps=EPS), g=8)
 
 
 # %% Text: sentences of different lengths in one padded batch
@@ -103,8 +108,13 @@ def per_utterance(words):
 
 
 words, mask = zen()
-compare("Zen of Python, by token", words, "b t (g c), b t -> b t g", one_by_one(per_token, words, mask), mask, g=8)
-compare("Zen of Python, by sentence", words, "b t (g c), b t -> b g", one_by_one(per_utterance, words, mask), mask, g=8)
+norm, alone = TokenGroupNorm(8, 48, eps=EPS, affine=False), one_by_one(per_token, words, mask)
+compare("Zen of Python", words, norm, {"mask": mask}, "b t (g c), b t -> b t g", alone, mask, g=8)
+norm, alone = (
+    SequenceGroupNorm(8, 48, eps=EPS, affine=False, channels_last=True),
+    one_by_one(per_utterance, words, mask),
+)
+compare("Zen of Python", words, norm, {"lengths": mask.sum(1)}, "b t (g c), b t -> b g", alone, mask, g=8)
 
 
 # %% Graphs: four social networks in one batch
@@ -140,8 +150,9 @@ def graph_by_graph(x, batch):
 
 
 x, batch = networks()
-graph = Partition.from_offsets(batch.ptr)
-compare("4 social networks, GCNConv", x, "v (g c) -> graph[v] g", graph_by_graph(x, batch), g=8, graph=graph)
+graphs = partition(batch)
+norm = GraphGroupNorm(8, 32, eps=EPS, affine=False)
+compare("4 networks", x, norm, {"batch": graphs}, "v (g c) -> batch[v] g", graph_by_graph(x, batch), g=8, batch=graphs)
 
 
 # %% Speech: mel bands of unequal width
@@ -160,7 +171,9 @@ def band_by_band(x, widths):
 
 x = mel_spectrogram()
 widths = [5, 5, 6, 8, 10, 12, 14, 20]
-compare("speech, 3 s, 8 mel bands", x, "n f t -> n band[f]", band_by_band(x, widths), band=Partition.from_sizes(widths))
+norm = MelBandNorm(widths, eps=EPS, affine=None)
+band = norm.labels["band"]
+compare("speech, 3 s", x, norm, {}, "n f t -> n band[f]", band_by_band(x, widths), band=band)
 
 
 # %% The table

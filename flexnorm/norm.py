@@ -199,7 +199,7 @@ class Norm(nn.Module):
         moments: Moments | None,
         dynamic: Mapping[str, Any],
     ) -> Tensor:
-        partitions = {name: self._partition(name) for name in self._static}
+        partitions = self.labels
         for name, value in dynamic.items():
             if name not in self._lookups or name in self._static:
                 raise self._refused(name, value)
@@ -288,6 +288,11 @@ class Norm(nn.Module):
         return [*affines, Affine(self._conditional, weight, bias)]
 
     # --- labels
+
+    @property
+    def labels(self) -> dict[str, Partition]:
+        """The static labels, by name."""
+        return {name: self._partition(name) for name in self._static}
 
     def _as_partition(self, name: str, value: object, count: int | None = None) -> Partition:
         return as_partition(*self._lookups[name], value, count)

@@ -1,0 +1,418 @@
+"""`padding_proof`: an existing model of padded batches, made to give each sequence what it gets alone."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ShapeError, SpecError, say, shown
+from .norm import Norm
+from .sequences import as_mask, frame_lengths
+
+__all__ = ["padding_proof"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+class _Run(NamedTuple):
+    """A model that runs."""
+
+    model: nn.Module
+    stages: dict[int, Tensor] | None  # valid lengths (batch) of every padded size that time has had so far, if given
+    outer: _Run | None  # the one that called it
+
+
+_RUN: ContextVar[_Run | None] = ContextVar("flexnorm.padding", default=None)
+
+
+def padding_proof(
+    model: _Model,
+    *,
+    time_dim: int = 1,
+    time_dim_2d: int = 2,
+    trusted: Iterable[type[nn.Module]] = (),
+) -> _Model:
+    """Makes a model give every sequence of a padded batch what it gives the sequence alone.
+
+    GroupNorm, InstanceNorm and BatchNorm layers are replaced, in place, by ones whose statistics leave the padding out
+    (the same parameters and buffers, subclasses of what they replace). Convolutions and pooling see zeros behind the
+    end of a sequence, as they do when it stands alone, and carry its length on. All else stays: the class, the
+    signature, the outputs, the `state_dict`. `model(x, lengths)` or `model(x, attention_mask=mask)` says what is valid;
+    called without, the model computes as before. What padding holds does not matter.
+
+    Args:
+        model: with a `forward` that takes `lengths` (of the input, as in torchaudio) or `attention_mask` (1 = valid, as
+            in Hugging Face's models), padded on the right. It is changed, and returned.
+        time_dim: axis of time in the first argument of `forward`: 1 for (batch, time) and (batch, time, features).
+        time_dim_2d: axis of time in the input of 2d layers: 2 for (batch, channels, time, frequencies).
+        trusted: further classes of layers that you know to leave time alone, or to mask what is padding themselves.
+
+    Returns:
+        The model. To call this twice changes nothing.
+
+    Raises:
+        SpecError: `forward` takes neither argument; or a layer may mix time in a way that is not known here: a class
+            that is no known one, circular or reflecting padding, pooling whose divisor depends on the end. It is named,
+            and the model is unchanged.
+        ShapeError: while running: lengths beyond the input, a mask with holes, or a layer that sees a number of steps
+            that no known layer gave.
+
+    Activation checkpointing computes layers again when the lengths are gone: that raises. Methods other than `forward`
+    are not covered.
+
+    >>> class Net(nn.Sequential):
+    ...     def forward(self, x, lengths=None):
+    ...         return super().forward(x)
+    >>> net = padding_proof(Net(nn.Conv1d(1, 8, 3), nn.GroupNorm(2, 8)), time_dim=2, trusted=[Net])
+    >>> x = torch.randn(2, 1, 10)
+    >>> y = net(x, torch.tensor([10, 6]))
+    >>> torch.allclose(y[1:, :, :4], net(x[1:, :, :6]), atol=1e-6)
+    True
+    """
+    if getattr(model, "_padding_proof", False):
+        return model
+    argument = _argument(model)
+    trusted = tuple(trusted)
+    modules = list(_named_modules(model))
+    for name, module in modules:
+        _check(name, module, trusted)
+    replaced: dict[nn.Module, nn.Module] = {}
+    for name, module in modules:
+        kind = _kind(module)
+        if kind is not None and kind in _MASKED:
+            if module not in replaced:
+                replaced[module] = _MASKED[kind].of(module, name, time_dim_2d)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, replaced[module])
+        elif kind is not None and kind in (*_ONE_D, *_TWO_D) and not getattr(module, "_carries", False):
+            module._carries = True  # type: ignore[assignment]
+            axis = 2 if kind in _ONE_D else time_dim_2d
+            module.register_forward_pre_hook(partial(_silence, name, axis, _fill(module)))
+            module.register_forward_hook(partial(_carry, name, axis))
+    model.register_forward_pre_hook(partial(_enter, argument, time_dim), with_kwargs=True)
+    model.register_forward_hook(_leave, always_call=True)
+    model._padding_proof = True  # type: ignore[assignment]
+    return model
+
+
+# --- what runs -------------------------------------------------------------------------------------------------------
+
+
+def _enter(
+    argument: str, time_dim: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before the model runs: notes what is valid, and empties the padding of its input."""
+    bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+    names = list(bound.arguments)
+    given = bound.arguments.get(argument, bound.arguments.get("kwargs", {}).get(argument))
+    if given is None:
+        _RUN.set(_Run(model, None, _RUN.get()))
+        return args, kwargs
+    x = bound.arguments[names[1]]
+    batch, time = x.shape[0], x.shape[time_dim]
+    told = {"mask": given} if argument == "attention_mask" else {"lengths": given}
+    valid = as_mask(**told, batch=batch, time=time, device=x.device)
+    assert valid is not None
+    lengths = valid.sum(1)
+    if argument == "attention_mask" and not torch.equal(valid, _prefix(lengths, time)):
+        raise ShapeError(
+            say(
+                "attention_mask marks the beginning of every sequence: padding stands behind it",
+                received=f"attention_mask={shown(given)} with zeros before ones",
+                instead="sequences padded on the right: padding_side='right'",
+            )
+        )
+    _RUN.set(_Run(model, {time: lengths}, _RUN.get()))
+    x = _emptied(x, lengths, time_dim, 0.0)
+    if args:
+        return (x, *args[1:]), kwargs
+    return args, {**kwargs, names[1]: x}
+
+
+def _leave(model: nn.Module, args: object, output: object) -> None:
+    run = _RUN.get()
+    if run is not None and run.model is model:  # not, if an error kept it from entering
+        _RUN.set(run.outer)
+
+
+def _stages() -> dict[int, Tensor] | None:
+    run = _RUN.get()
+    return None if run is None else run.stages
+
+
+def _silence(
+    name: str, axis: int, fill: float, module: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[Tensor, ...] | None:
+    """Before a layer that looks in time: what stands behind the end is what would stand there alone."""
+    x = args[0]
+    axis = x.dim() - 1 if axis == x.dim() else axis  # without a batch axis there is no padding either
+    lengths = _lengths(module, name, x.shape[axis])
+    if lengths is None:
+        return None
+    return (_emptied(x, lengths, axis, fill), *args[1:])
+
+
+def _carry(name: str, axis: int, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+    """After it: the lengths that come out."""
+    stages = _stages()
+    if stages is not None:
+        lengths = _lengths(module, name, args[0].shape[axis])
+        assert lengths is not None
+        stages[y.shape[axis]] = frame_lengths(lengths, module, axis=axis - 2)
+
+
+def _lengths(module: nn.Module, name: str, time: int) -> Tensor | None:
+    """The valid lengths of a tensor with this many steps; None if the model runs without lengths."""
+    stages = _stages()
+    if stages is None:
+        if torch._C._current_graph_task_id() != -1 and getattr(module, "_had_lengths", False):
+            raise RuntimeError(
+                say(
+                    "this layer is computed again by activation checkpointing, and the lengths are gone",
+                    received=f"{name}: {module}",
+                    instead="no checkpointing of padding-proof models",
+                )
+            )
+        module._had_lengths = False  # type: ignore[assignment]
+        return None
+    if time not in stages:
+        raise ShapeError(
+            say(
+                "every layer sees as many steps as the input has, or as a layer before it gave",
+                received=f"{name}: {module} sees {time} steps; known: {', '.join(map(str, stages))}",
+                instead="time_dim=, if time is another axis of the input; if something between the layers cuts or pads "
+                "time, that cannot be followed",
+            )
+        )
+    module._had_lengths = True  # type: ignore[assignment]
+    return stages[time]
+
+
+def _prefix(lengths: Tensor, time: int) -> Tensor:
+    return torch.arange(time, device=lengths.device) < lengths[:, None]
+
+
+def _emptied(x: Tensor, lengths: Tensor, axis: int, fill: float) -> Tensor:
+    """x with `fill` behind the end of every sequence."""
+    shape = [1] * x.dim()
+    shape[0], shape[axis] = x.shape[0], x.shape[axis]
+    return x.where(_prefix(lengths, x.shape[axis]).reshape(shape), fill)
+
+
+# --- layers that look in time ----------------------------------------------------------------------------------------
+
+
+_ONE_D = (nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d)
+_TWO_D = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+def _fill(layer: nn.Module) -> float:
+    """What stands around a sequence alone."""
+    return -math.inf if isinstance(layer, (nn.MaxPool1d, nn.MaxPool2d)) else 0.0
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+class _Masked(Norm):
+    """A norm that asks for the valid part of its input."""
+
+    _name: str
+    _axis: int
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the signature of the layer it replaces
+        if x.dim() < 3:
+            return super().forward(x)
+        axis = 2 if x.dim() == 3 else self._axis
+        lengths = _lengths(self, self._name, x.shape[axis])
+        if lengths is None:
+            return super().forward(x)
+        valid = _prefix(lengths, x.shape[axis])
+        shape = [1] * (x.dim() - 1)
+        shape[0], shape[axis - 1] = valid.shape
+        return super().forward(x, valid.reshape(shape).expand(x.shape[0], *x.shape[2:]))
+
+    @classmethod
+    def of(cls, layer: Any, name: str, axis: int) -> _Masked:
+        """The counterpart of a torch layer, with its own parameters, buffers, hooks and attributes."""
+        new = cls.like(layer)
+        attributes = {
+            key: value for key, value in layer.__dict__.items() if key not in ("_parameters", "_buffers", "_modules")
+        }
+        new.__dict__.update(attributes)
+        for key, value in (*layer._parameters.items(), *layer._buffers.items()):
+            (new._parameters if key in layer._parameters else new._buffers)[key] = value
+        new._name, new._axis = name, axis
+        return new
+
+    @classmethod
+    def like(cls, layer: Any) -> _Masked:
+        """A new one for the same channels."""
+        raise TypeError  # each subclass says how
+
+
+class _GroupNorm(_Masked, nn.GroupNorm):
+    @classmethod
+    def like(cls, layer: nn.GroupNorm) -> _GroupNorm:
+        new = cls.__new__(cls)
+        Norm.__init__(
+            new,
+            "b (g c) ..., b ... -> b g",
+            affine="(g c)" if layer.affine else None,
+            g=layer.num_groups,
+            sizes={"(g c)": layer.num_channels},
+            device="meta",
+        )
+        return new
+
+    extra_repr = nn.GroupNorm.extra_repr
+
+
+class _Channelwise(_Masked):
+    """Instance and batch norm: each channel alone."""
+
+    pattern: str
+
+    @classmethod
+    def like(cls, layer: Any) -> _Channelwise:
+        new = cls.__new__(cls)
+        Norm.__init__(
+            new,
+            cls.pattern,
+            affine="c" if layer.affine else None,
+            c=layer.num_features,
+            track_running_stats=layer.track_running_stats,
+            momentum=layer.momentum,
+            device="meta",
+        )
+        return new
+
+    extra_repr = nn.BatchNorm1d.extra_repr
+
+
+class _InstanceNorm1d(_Channelwise, nn.InstanceNorm1d):
+    pattern = "b c ..., b ... -> b c"
+
+
+class _InstanceNorm2d(_Channelwise, nn.InstanceNorm2d):
+    pattern = "b c ..., b ... -> b c"
+
+
+class _BatchNorm1d(_Channelwise, nn.BatchNorm1d):
+    pattern = "b c ..., b ... -> c"
+
+
+class _BatchNorm2d(_Channelwise, nn.BatchNorm2d):
+    pattern = "b c ..., b ... -> c"
+
+
+_MASKED: Mapping[type[nn.Module], type[_Masked]] = {
+    nn.GroupNorm: _GroupNorm,
+    nn.InstanceNorm1d: _InstanceNorm1d,
+    nn.InstanceNorm2d: _InstanceNorm2d,
+    nn.BatchNorm1d: _BatchNorm1d,
+    nn.BatchNorm2d: _BatchNorm2d,
+}
+
+
+# --- what is known ---------------------------------------------------------------------------------------------------
+
+_POINTWISE = (
+    nn.Identity, nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Dropout, nn.AlphaDropout, nn.ReLU, nn.ReLU6,
+    nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.Tanh, nn.Softplus,
+    nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.GLU,
+)  # fmt: skip
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList)
+
+# Read line by line: between the layers inside of them time is only transposed, and their attention masks what is
+# padding itself. (module, class)
+_READ = {
+    "torchaudio.models.wav2vec2.model": {"Wav2Vec2Model"},
+    "torchaudio.models.wav2vec2.components": {
+        "ConvLayerBlock", "ConvolutionalPositionalEmbedding", "Encoder", "EncoderLayer", "FeatureExtractor",
+        "FeatureProjection", "FeedForward", "LayerNorm", "SelfAttention", "Transformer",
+    },
+    "torchaudio.models.conformer": {"Conformer", "ConformerLayer", "_ConvolutionModule", "_FeedForwardModule"},
+    "transformers.models.wav2vec2.modeling_wav2vec2": {
+        "Wav2Vec2Attention", "Wav2Vec2Encoder", "Wav2Vec2EncoderLayer", "Wav2Vec2EncoderLayerStableLayerNorm",
+        "Wav2Vec2EncoderStableLayerNorm", "Wav2Vec2FeatureEncoder", "Wav2Vec2FeatureProjection", "Wav2Vec2FeedForward",
+        "Wav2Vec2ForCTC", "Wav2Vec2GroupNormConvLayer", "Wav2Vec2LayerNormConvLayer", "Wav2Vec2Model",
+        "Wav2Vec2NoLayerNormConvLayer", "Wav2Vec2PositionalConvEmbedding", "Wav2Vec2SamePadLayer",
+    },
+}  # fmt: skip
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those that compute a parametrized weight, under every name they have."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if "parametrizations" not in name.split("."):
+            yield name, module
+
+
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    """The class of torch whose forward it runs, by the function: a subclass with a forward of its own is another."""
+    if isinstance(module, Norm):
+        return None
+    known = (*_POINTWISE, *_CONTAINERS, *_ONE_D, *_TWO_D, *_MASKED, nn.MultiheadAttention)
+    return next((k for k in known if isinstance(module, k) and _forward(type(module)) is _forward(k)), None)
+
+
+def _forward(kind: Any) -> Any:
+    return kind.forward
+
+
+def _check(name: str, module: nn.Module, trusted: tuple[type[nn.Module], ...]) -> None:
+    """Raises, unless it is known what a layer does with time."""
+    kind = _kind(module)
+    reason: str | None = None
+    layer: Any = module
+    if isinstance(module, trusted) or type(module).__name__ in _READ.get(type(module).__module__, ()):
+        return
+    if kind is None:
+        pointwise = type(module).__module__ == "transformers.activations" or isinstance(module, _Masked)
+        reason = None if pointwise else "its class is not known"
+    elif kind in (nn.LayerNorm, nn.RMSNorm) and len(layer.normalized_shape) > 1:
+        reason = "it normalizes several axes, and one of them may be time"
+    elif kind in (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d) and layer.padding_mode != "zeros":
+        reason = f"its padding is {layer.padding_mode!r} and not zeros"
+    elif kind in (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d) and layer.ceil_mode:
+        reason = "with ceil_mode its last window depends on the end"
+    elif kind in (nn.AvgPool1d, nn.AvgPool2d) and any(_each(layer.padding)) and not layer.count_include_pad:
+        reason = "without count_include_pad its divisor depends on the end"
+    elif kind in (nn.InstanceNorm1d, nn.InstanceNorm2d) and layer.track_running_stats:
+        reason = "running statistics of an instance norm average over sequences"
+    if reason is not None:
+        raise SpecError(
+            say(
+                "a layer that may mix time in a way that is not known cannot be made padding-proof",
+                received=f"{name or 'the model'}: {type(module).__module__}.{type(module).__qualname__}; {reason}",
+                instead=f"padding_proof(model, trusted=[{type(module).__name__}]), if it leaves time alone or masks "
+                "padding itself",
+            )
+        )
+
+
+def _each(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else value
+
+
+def _argument(model: nn.Module) -> str:
+    """The name by which `forward` takes what is valid."""
+    parameters = inspect.signature(type(model).forward).parameters
+    for name in ("lengths", "attention_mask"):
+        if name in parameters:
+            return name
+    raise SpecError(
+        say(
+            "a model that is told what is valid takes `lengths` or `attention_mask` in its forward",
+            received=f"{type(model).__name__}.forward({', '.join(list(parameters)[1:])})",
+            instead="def forward(self, x, lengths=None), in a subclass that hands x on",
+        )
+    )
