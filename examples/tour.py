@@ -48,7 +48,7 @@ def check(what, value, bound):
 
 
 def compare(data, x, norm, given, pattern, independent, mask=None, **names):
-    """A row of the table: the moments of norm(x, **given) by the pattern, and how far it is from the independent one."""
+    """A row of the table: moments of norm(x, **given) by the pattern, and how far it is from what is independent."""
     y = norm(x, **given)
 
     before, after = (moments(t.double(), pattern, mask, **names) for t in (x, y))
