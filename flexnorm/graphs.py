@@ -1,0 +1,838 @@
+"""Norms of graphs, for PyTorch Geometric: its own, under its names and signatures, and group norms, which it lacks.
+
+A pattern names the nodes v and the channels c; `batch[v]` is the graph of node v, PyG's batch vector. The layers that
+read it take `forward(x, batch=None, batch_size=None)`: a batch vector in any order, or a `Partition`, which is made
+once and serves all layers (`partition(data)`, `Partition.from_offsets(ptr)`). Where nobody passes it on,
+`given(batch=...)` does. Without any, all nodes are one graph.
+"""
+
+# mypy: allow-subclassing-any
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import Label
+from .context import given_here
+from .errors import ShapeError, SpecError, say, shown
+from .functional import moments, normalize
+from .norm import Norm
+from .partition import Partition
+from .statistics import Moments
+
+try:
+    from torch_geometric.data import Batch, HeteroData
+    from torch_geometric.nn import norm as pyg
+except Exception as error:  # a broken install fails in many ways
+    raise ImportError(
+        'flexnorm.graphs needs PyTorch Geometric, which cannot be imported: pip install "flexnorm[graph]"'
+    ) from error
+
+__all__ = [
+    "BatchNorm",
+    "FeatureGroupNorm",
+    "GraphGroupNorm",
+    "GraphNorm",
+    "GraphSizeNorm",
+    "HeteroBatchNorm",
+    "HeteroLayerNorm",
+    "InstanceNorm",
+    "LayerNorm",
+    "MeanSubtractionNorm",
+    "NodeGroupNorm",
+    "PairNorm",
+    "partition",
+]
+
+
+def partition(data: Any, of: str = "nodes") -> Any:
+    """The graph of every node, or edge, of a PyG `Batch`: made once, it serves every layer.
+
+    It lies on the device of the batch, in page-locked memory if the batch does, knows empty graphs at the end, and does
+    not wait for the device. Kept in the batch, as by the `collate_fn` of a loader (`batch.graphs = partition(batch)`),
+    it moves and pins with it.
+
+    Args:
+        data: `Batch`, or `Data`: without a batch vector that is one graph. Of heterogeneous data, a dict is made.
+        of: "nodes", or "edges", whose graph is that of the node they come from.
+
+    Returns:
+        A `Partition`; a dict of them by node type, or by edge type, for heterogeneous data.
+
+    >>> from torch_geometric.data import Batch, Data
+    >>> batch = Batch.from_data_list([Data(x=torch.randn(2, 8)), Data(x=torch.randn(3, 8))])
+    >>> partition(batch)
+    Partition(5 ids, count=2)
+    >>> GraphNorm(8)(batch.x, partition(batch)).shape
+    torch.Size([5, 8])
+    """
+    if of not in ("nodes", "edges"):
+        raise SpecError(
+            say("a partition is one of nodes or of edges", received=f"of={shown(of)}", instead='of="nodes"')
+        )
+    count = data.num_graphs if isinstance(data, Batch) else None
+    if isinstance(data, HeteroData):
+        nodes = {kind: _of_nodes(store, count) for kind, store in data.node_items()}
+        if of == "nodes":
+            return nodes
+        return {kind: _of_edges(store, nodes[kind[0]]) for kind, store in data.edge_items()}
+    return _of_nodes(data, count) if of == "nodes" else _of_edges(data, _of_nodes(data, count))
+
+
+def _of_nodes(store: Any, count: int | None) -> Partition:
+    ids, ptr = store.get("batch"), store.get("ptr")
+    if ids is None:
+        like = next((value for value in store.values() if isinstance(value, Tensor)), torch.empty(0))
+        ids, count = torch.zeros(store.num_nodes or 0, dtype=torch.int64, device=like.device), 1
+    elif count is None and ptr is not None:
+        count = ptr.numel() - 1
+    made = Partition(ids, count)
+    return made.pin_memory() if ids.is_pinned() else made
+
+
+def _of_edges(store: Any, nodes: Partition) -> Partition:
+    made = Partition(nodes.ids[store.edge_index[0]], nodes.count)
+    return made.pin_memory() if nodes.ids.is_pinned() else made
+
+
+class _OfGraphs(Norm):
+    """What the norms that read `batch[v]` share: how it comes to them."""
+
+    _looked = False
+
+    def _graphs(
+        self, x: Tensor, batch: Label | None, count: int | None, *, also: str | None = None, told: str = "batch_size"
+    ) -> Partition:
+        """The graph of every node: of this call, given from around (by the name `also`, too), or one for all."""
+        around = given_here()
+        given_name = next((name for name in (also, "batch") if name in around), None)
+        if given_name is None or (batch is not None and given_name != also):
+            self._check_recomputation(False)
+            if batch is not None:
+                return _read(x, batch, count, "batch", told)
+            self._look_for_a_batch(x)
+            return Partition(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
+        self._check_recomputation(True)
+        try:
+            return _read(x, around[given_name], count, given_name, told)
+        except (SpecError, ShapeError) as error:
+            raise type(error)(f"{error}\n  in:       {self}, inside of given({', '.join(around)})") from None
+
+    def _look_for_a_batch(self, x: Tensor) -> None:
+        """Warns, at the first call without batch, if a caller holds one of several graphs for the very rows of x.
+
+        Some modules (DeepGCNLayer, nn.Sequential) do not hand batch on, and no error would say so. Who has one graph
+        has no such batch, and hears nothing.
+        """
+        if self._looked or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return
+        self._looked = True
+        frame: FrameType | None = sys._getframe(2)
+        level = 3
+        while frame is not None:
+            for name, value in frame.f_locals.items():
+                count = _graphs_in(name, value, x)
+                if count > 1:
+                    kind = type(self).__name__
+                    warnings.warn(
+                        f"{kind} got no batch, though {frame.f_code.co_name} has {name!r} of {count} graphs for the "
+                        f"{x.shape[0]} rows of x: they are normalized as one graph. Pass batch to {kind}. DeepGCNLayer "
+                        "and nn.Sequential do not hand it on: `with flexnorm.given(batch=...):` around the model does",
+                        stacklevel=level,
+                    )
+                    return
+            frame, level = frame.f_back, level + 1
+
+    def _apply_norm(self, x: Tensor, graphs: Partition, own: Moments | None = None) -> Tensor:
+        # Not Norm.forward, which would look for given labels a second time.
+        return self._normalize(x, None, None, None, own, {"batch": graphs})
+
+
+def _read(x: Tensor, batch: Any, count: int | None, name: str, told: str) -> Partition:
+    """The graph of every row of x, by its name; `told` is what its number is called."""
+    kind: type[ValueError] = ShapeError
+    if not isinstance(batch, (Tensor, Partition)) or batch.shape != x.shape[:1]:
+        rule = f"{name} holds the graph of every node: a tensor or Partition of shape {tuple(x.shape[:1])}"
+        instead = "flexnorm.graphs.partition(data); Partition.from_offsets(ptr), if this is ptr"
+    elif isinstance(batch, Partition):
+        if count is None or count == batch.count:
+            return batch
+        rule, instead = f"a Partition knows the number of graphs, and {told} says another", f"leave {told} out"
+    else:
+        try:
+            return Partition(batch, count)
+        except SpecError:
+            kind, rule = SpecError, f"{name} holds integers, and their number {told} is one"
+            instead = f"{name}=batch.long(), {told}=8, say"
+        except ShapeError:
+            least, most = int(batch.min()), int(batch.max())
+            rule = f"{name} holds the graph of every node, from 0 to {told} - 1; here are {least} to {most}"
+            instead = f"{told}={most + 1}, or without" if least >= 0 else "number the graphs from 0"
+    received = f"{name}={batch!r}" if isinstance(batch, Partition) else f"{name}={shown(batch)}"
+    received += ("" if count is None else f", {told}={shown(count)}") + f", x of shape {tuple(x.shape)}"
+    raise kind(say(rule, received=received, instead=instead)) from None
+
+
+def _graphs_in(name: str, value: object, x: Tensor) -> int:
+    """Of how many graphs the rows of x are, if this local variable of a caller says so."""
+    if isinstance(value, Batch):
+        found = [store.get("batch") for store in value.node_stores]
+    else:
+        found = [value] if name == "batch" else []
+    for ids in found:
+        if isinstance(ids, (Tensor, Partition)) and ids.shape == x.shape[:1]:
+            if isinstance(ids, Partition):
+                return ids.count
+            if ids.numel() and not ids.is_floating_point():
+                return int(ids.max()) + 1
+    return 0
+
+
+# --- group norms, which PyG lacks ------------------------------------------------------------------------------------
+
+
+class NodeGroupNorm(Norm):
+    """Group norm of every node alone, over groups of its channels: features-per-node. It needs no batch.
+
+    For each node v and group g:   y[v, g] = (x[v, g] - mean(x[v, g])) / sqrt(var(x[v, g]) + eps) * weight + bias
+
+    Args:
+        num_groups: g, groups of consecutive channels.
+        num_channels: c; weight and bias have one value for each.
+        eps: added to the variance, in the unit of x squared.
+        affine: learn weight and bias.
+        device, dtype: of the parameters.
+
+    Shapes: x is (nodes, channels).
+
+    >>> NodeGroupNorm(4, 32)(torch.randn(10, 32)).shape
+    torch.Size([10, 32])
+
+    Source: Wu and He, "Group Normalization", 2018, with nodes as samples.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "v (g c) -> v g",
+            affine="(g c)" if affine else None,
+            g=num_groups,
+            sizes={"(g c)": num_channels},
+            eps=eps,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # PyG passes batch to a forward that names it
+        """Normalizes x, (nodes, channels)."""
+        return super().forward(x)
+
+
+class GraphGroupNorm(_OfGraphs):
+    """Group norm of every graph, over its nodes and groups of channels.
+
+    For each graph b and group g:   y = (x - mean(x[b, g])) / sqrt(var(x[b, g]) + eps) * weight + bias
+
+    With one group that is `LayerNorm(mode="graph")`, with as many as channels `InstanceNorm`.
+
+    Args:
+        num_groups: g, groups of consecutive channels.
+        num_channels: c; weight and bias have one value for each.
+        eps: added to the variance, in the unit of x squared.
+        affine: learn weight and bias.
+        device, dtype: of the parameters.
+
+    Shapes: x is (nodes, channels), batch is (nodes,).
+
+    >>> norm = GraphGroupNorm(4, 32)
+    >>> norm(torch.randn(10, 32), batch=torch.arange(10) // 5).shape
+    torch.Size([10, 32])
+
+    Source: Wu and He, "Group Normalization", 2018, with graphs as samples and nodes as places.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "v (g c) -> batch[v] g",
+            affine="(g c)" if affine else None,
+            g=num_groups,
+            sizes={"(g c)": num_channels},
+            eps=eps,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_groups, self.num_channels, self.affine = num_groups, num_channels, affine
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
+        return self._apply_norm(x, self._graphs(x, batch, batch_size))
+
+
+class FeatureGroupNorm(_OfGraphs):
+    """Norm of every feature over groups of nodes: nodes-per-feature. The groups are graphs, or any others.
+
+    For each group p and channel c:   y = (x - mean(x[p, c])) / sqrt(var(x[p, c]) + eps) * weight[c] + bias[c]
+
+    Args:
+        num_channels: c; weight and bias have one value for each.
+        eps: added to the variance, in the unit of x squared.
+        affine: learn weight and bias.
+        groups: the group of every node, where it is always the same: ids or a `Partition`. Without it, groups come with
+            every call: as `groups=`, from around as `given(groups=...)`, or else they are the graphs of `batch`.
+        device, dtype: of the parameters.
+
+    Shapes: x is (nodes, channels); groups and batch are (nodes,).
+
+    >>> norm = FeatureGroupNorm(32)
+    >>> communities = torch.tensor([0, 1, 0, 1, 2, 2])
+    >>> norm(torch.randn(6, 32), groups=communities).shape
+    torch.Size([6, 32])
+
+    Source: Wu and He, "Group Normalization", 2018, with groups of nodes in place of channels.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        *,
+        groups: Label | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "v c -> groups[v] c",
+            affine="c" if affine else None,
+            c=num_channels,
+            labels={} if groups is None else {"groups": groups},
+            eps=eps,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_channels, self.affine = num_channels, affine
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, batch: Label | None = None, batch_size: int | None = None, *, groups: Label | None = None
+    ) -> Tensor:
+        """Normalizes x, (nodes, channels), by groups, (nodes,): those of the layer, of the call, or the graphs."""
+        if "groups" in self._static:
+            return super().forward(x, labels={} if groups is None else {"groups": groups})
+        if groups is None:
+            groups = self._graphs(x, batch, batch_size, also="groups")
+        else:
+            self._check_recomputation(False)
+        return self._normalize(x, None, None, None, None, {"groups": groups})
+
+
+# --- PyG's own -------------------------------------------------------------------------------------------------------
+
+
+class GraphNorm(_OfGraphs, pyg.GraphNorm):
+    """PyG's `GraphNorm`: the norm of every graph and channel, by a learned share of the mean.
+
+    For each graph and channel:   out = x - mean_scale * mean(x);   y = out / sqrt(mean(out^2) + eps) * weight + bias
+
+    Args:
+        in_channels: c; weight, bias and mean_scale have one value for each.
+        eps: added to the variance, in the unit of x squared.
+        device: of the parameters.
+
+    Shapes: x is (nodes, channels), batch is (nodes,).
+
+    >>> norm = GraphNorm(32)
+    >>> norm(torch.randn(10, 32), batch=torch.arange(10) // 5).shape
+    torch.Size([10, 32])
+
+    Differs from `torch_geometric.nn.GraphNorm`: statistics in float32 or wider whatever x is, and a graph of equal
+    nodes is exactly 0 while mean_scale is 1.
+
+    Source: Cai et al., "GraphNorm: A Principled Approach to Accelerating Graph Neural Network Training", 2020.
+    """
+
+    def __init__(self, in_channels: int, eps: float = 1e-5, device: torch.device | str | None = None) -> None:
+        Norm.__init__(
+            self, "v c -> batch[v] c", center=False, affine="c", c=in_channels, eps=eps, device=device
+        )  # the second half: the mean is subtracted before
+        self.in_channels = in_channels
+        self.mean_scale = nn.Parameter(torch.ones(in_channels, device=device))
+
+    def reset_parameters(self) -> None:
+        """Weight and mean_scale 1, bias 0."""
+        super().reset_parameters()
+        if "mean_scale" in self._parameters:  # not while Norm is being built
+            nn.init.ones_(self.mean_scale)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
+        graphs = self._graphs(x, batch, batch_size)
+        wide = _wide(x)
+        centered = normalize(wide, "v c -> batch[v] c", batch=graphs, c=self.in_channels, scale=False)
+        out = torch.lerp(wide, centered, self.mean_scale.to(wide.dtype))  # exact where mean_scale is 1
+        return self._apply_norm(out, graphs).to(x.dtype)
+
+
+class InstanceNorm(_OfGraphs, pyg.InstanceNorm):
+    """PyG's `InstanceNorm`: the norm of every graph and channel.
+
+    For each graph b and channel c:   y = (x - mean(x[b, c])) / sqrt(var(x[b, c]) + eps) * weight[c] + bias[c]
+
+    Args:
+        in_channels: c.
+        eps: added to the variance, in the unit of x squared.
+        momentum: weight of the new value in the running statistics; None: the average of all batches.
+        affine: learn weight and bias; by default there are none.
+        track_running_stats: keep running means and (unbiased) variances, averages over graphs, and use them in
+            evaluation.
+        device: of parameters and buffers.
+
+    Shapes: x is (nodes, channels), batch is (nodes,).
+
+    >>> norm = InstanceNorm(32)
+    >>> norm(torch.randn(10, 32), batch=torch.arange(10) // 5).shape
+    torch.Size([10, 32])
+
+    Differs from `torch_geometric.nn.InstanceNorm`: empty graphs do not move the running mean, nor graphs without a
+    second node the running variance; running statistics stay out of the autograd graph; one node without batch gives 0
+    and no error, as it does with batch.
+
+    Source: Ulyanov et al., "Instance Normalization: The Missing Ingredient for Fast Stylization", 2016.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        Norm.__init__(
+            self,
+            "v c -> c",  # of the running statistics; a graph's own are read below
+            affine="c" if affine else None,
+            c=in_channels,
+            track_running_stats=track_running_stats,
+            momentum=momentum,
+            eps=eps,
+            device=device,
+        )
+        self.num_features, self.affine = in_channels, affine
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
+        if self.running_mean is not None and not self.training:
+            return Norm.forward(self, x)
+        graphs = self._graphs(x, batch, batch_size)
+        y = normalize(
+            x,
+            "v c -> batch[v] c",
+            batch=graphs,
+            weight=self.weight,
+            bias=self.bias,
+            affine="c" if self.affine else None,
+            eps=self.eps,
+        )
+        if self.running_mean is not None and self.running_var is not None:
+            running = Moments(torch.ones_like(self.running_mean), self.running_mean, self.running_var)
+            self._track(running, _mean(x, graphs))
+        return y
+
+
+@torch.no_grad()
+def _mean(x: Tensor, graphs: Partition) -> Moments:
+    """The averages over graphs of their means and unbiased variances, as far as they are known."""
+    each = moments(x, "v c -> batch[v] c", batch=graphs)
+    var, known = each.unbiased_var()
+    means = moments(each.mean, "b c, b c -> c", each.count > 0)
+    variances = moments(var, "b c, b c -> c", known)
+    return Moments(variances.count.clamp(max=1).to(var.dtype), means.mean, variances.mean)
+
+
+class LayerNorm(_OfGraphs, pyg.LayerNorm):
+    """PyG's `LayerNorm`: the norm of every graph over nodes and channels, or of every node over channels.
+
+    For each graph b (or, by mode="node", each node):   y = (x - mean(x[b])) / sqrt(var(x[b]) + eps) * weight + bias
+
+    Args:
+        in_channels: c.
+        eps: added to the variance, in the unit of x squared.
+        affine: learn weight and bias.
+        mode: "graph" or "node", which needs no batch.
+        device: of the parameters.
+
+    Shapes: x is (nodes, channels), batch is (nodes,).
+
+    Raises:
+        SpecError: another mode, when the layer is built.
+
+    >>> norm = LayerNorm(32)
+    >>> norm(torch.randn(10, 32), batch=torch.arange(10) // 5).shape
+    torch.Size([10, 32])
+
+    Differs from `torch_geometric.nn.LayerNorm`: divides by sqrt(var + eps) without batch too (there: by std + eps);
+    counts do not overflow in float16.
+
+    Source: Ba et al., "Layer Normalization", 2016.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        mode: str = "graph",
+        device: torch.device | str | None = None,
+    ) -> None:
+        if mode not in ("graph", "node"):
+            raise SpecError(
+                say(
+                    "mode says what is normalized",
+                    received=f"mode={shown(mode)}",
+                    instead='mode="graph" or mode="node"',
+                )
+            )
+        Norm.__init__(
+            self,
+            "v c -> batch[v]" if mode == "graph" else "... c -> ...",
+            affine="c" if affine else None,
+            c=in_channels,
+            eps=eps,
+            device=device,
+        )
+        self.in_channels, self.affine, self.mode = in_channels, affine, mode
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
+        if self.mode == "node":
+            return Norm.forward(self, x)
+        return self._apply_norm(x, self._graphs(x, batch, batch_size))
+
+
+class MeanSubtractionNorm(_OfGraphs, pyg.MeanSubtractionNorm):
+    """PyG's `MeanSubtractionNorm`: subtracts the mean of every graph and channel.
+
+    For each graph b and channel c:   y = x - mean(x[b, c])
+
+    Shapes: x is (nodes, ...), batch is (nodes,).
+
+    >>> MeanSubtractionNorm()(torch.tensor([[1.0], [3.0], [9.0]]), batch=torch.tensor([0, 0, 1])).flatten()
+    tensor([-1.,  1.,  0.])
+
+    Source: Yang et al., "Revisiting 'Over-smoothing' in Deep GCNs", 2020.
+    """
+
+    def __init__(self) -> None:
+        Norm.__init__(self, "v ... -> batch[v] ...", scale=False)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, batch: Label | None = None, dim_size: int | None = None
+    ) -> Tensor:
+        """Subtracts means from x, (nodes, ...), by graphs: batch, (nodes,), and their number, dim_size as in PyG."""
+        return self._apply_norm(x, self._graphs(x, batch, dim_size, told="dim_size"))
+
+
+class PairNorm(_OfGraphs, pyg.PairNorm):
+    """PyG's `PairNorm`: centers every graph, then gives its nodes (or each of them) one length on average.
+
+    For each graph b:   out = x - mean_v(x);   y = scale * out / sqrt(eps + mean_v |out[v]|^2)
+
+    With `scale_individually`, for each node v:   y = scale * out / sqrt(eps + |out[v]|^2)
+
+    Args:
+        scale: the length.
+        scale_individually: of every node by itself.
+        eps: added to the mean of the squared lengths.
+
+    Shapes: x is (nodes, channels), batch is (nodes,).
+
+    >>> y = PairNorm(scale=2.0)(torch.randn(10, 32), batch=torch.arange(10) // 5)
+    >>> y.square().sum(1)[:5].mean()
+    tensor(4.0000)
+
+    Differs from `torch_geometric.nn.PairNorm`: eps stands inside of the root with `scale_individually` too (there:
+    eps + |out[v]|), so that one formula serves both; it shows where |out[v]| is near sqrt(eps) or less.
+
+    Source: Zhao and Akoglu, "PairNorm: Tackling Oversmoothing in GNNs", 2019.
+    """
+
+    def __init__(self, scale: float = 1.0, scale_individually: bool = False, eps: float = 1e-5) -> None:
+        Norm.__init__(self, "v c -> batch[v]", center=False, eps=eps)
+        self.scale, self.scale_individually = scale, scale_individually
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
+        graphs = self._graphs(x, batch, batch_size)
+        out = normalize(_wide(x), "v c -> batch[v] c", batch=graphs, scale=False)
+        channels = max(x.shape[-1], 1)  # a squared length is that many mean squares
+        eps = self.eps / channels
+        if self.scale_individually:
+            out = normalize(out, "v c -> v", center=False, eps=eps)
+        else:
+            out = normalize(out, "v c -> batch[v]", batch=graphs, center=False, eps=eps)
+        return (out * (self.scale / math.sqrt(channels))).to(x.dtype)
+
+
+class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
+    """PyG's `GraphSizeNorm`: divides by the root of the number of nodes of the graph.
+
+    For each graph b of n nodes:   y = x / sqrt(n)
+
+    Shapes: x is (nodes, channels), batch is (nodes,).
+
+    >>> GraphSizeNorm()(torch.ones(5, 1), batch=torch.tensor([0, 1, 1, 1, 1])).flatten()
+    tensor([1.0000, 0.5000, 0.5000, 0.5000, 0.5000])
+
+    Source: Dwivedi et al., "Benchmarking Graph Neural Networks", 2020.
+    """
+
+    def __init__(self) -> None:
+        Norm.__init__(self, "v c -> batch[v]", center=False, eps=0.0)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Scales x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
+        graphs = self._graphs(x, batch, batch_size)
+        size = graphs.counts  # in place of the variance
+        return self._apply_norm(x, graphs, Moments(torch.ones_like(size), torch.zeros_like(size), size))
+
+
+class BatchNorm(pyg.BatchNorm):
+    """PyG's `BatchNorm`: the norm of every channel over all nodes of the batch, with running statistics.
+
+    For each channel c:   y = (x - mean(x[c])) / sqrt(var(x[c]) + eps) * weight[c] + bias[c]
+
+    Args:
+        in_channels: c.
+        eps: added to the variance, in the unit of x squared.
+        momentum: weight of the new value in the running statistics; None: the average of all batches.
+        affine: learn weight and bias.
+        track_running_stats: keep running means and (unbiased) variances, and use them in evaluation.
+        allow_single_element: use them for a batch of one node, too, in training.
+        device: of parameters and buffers.
+
+    Shapes: x is (nodes, channels). There is no batch: graphs do not matter.
+
+    Raises:
+        ValueError: one node in training, as torch does; `allow_single_element` without running statistics.
+
+    >>> norm = BatchNorm(32)
+    >>> norm(torch.randn(10, 32)).shape
+    torch.Size([10, 32])
+    >>> list(norm.state_dict())[:2]
+    ['module.weight', 'module.bias']
+
+    Differs from `torch_geometric.nn.BatchNorm`: a batch without nodes leaves the running statistics as they are.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        allow_single_element: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(in_channels, eps, momentum, affine, track_running_stats, allow_single_element, device)
+        self.module = _BatchNorm1d(in_channels, eps, momentum, affine, track_running_stats, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalizes x, (nodes, channels)."""
+        few = self.allow_single_element and x.shape[0] <= 1
+        y: Tensor = self.module(x, running=few)
+        return y
+
+
+class _BatchNorm1d(Norm, nn.BatchNorm1d):
+    """What PyG keeps under the name `module`."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        device: torch.device | str | None,
+    ) -> None:
+        Norm.__init__(
+            self,
+            "v c ... -> c",
+            affine="c" if affine else None,
+            c=num_features,
+            track_running_stats=track_running_stats,
+            momentum=momentum,
+            eps=eps,
+            device=device,
+        )
+        self.num_features, self.affine = num_features, affine
+
+    extra_repr = nn.BatchNorm1d.extra_repr
+
+    def forward(self, x: Tensor, running: bool = False) -> Tensor:  # type: ignore[override]
+        mean, var = self.running_mean, self.running_var
+        if running and mean is not None and var is not None:
+            return Norm.forward(self, x, moments=Moments(torch.ones_like(mean), mean, var))
+        if (self.training or mean is None) and x.dim() > 1 and x.numel() == x.shape[1]:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        return Norm.forward(self, x)
+
+
+class HeteroLayerNorm(Norm, pyg.HeteroLayerNorm):
+    """PyG's `HeteroLayerNorm`: the norm of every node over channels, with parameters of its type.
+
+    For each node v:   y = (x - mean(x[v])) / sqrt(var(x[v]) + eps) * weight[type, c] + bias[type, c]
+
+    Args:
+        in_channels: c.
+        num_types: number of types; weight and bias are (types, channels).
+        eps: added to the variance, in the unit of x squared.
+        affine: learn weight and bias.
+        mode: "node".
+        device: of the parameters.
+
+    Shapes: x is (nodes, channels), type_vec is (nodes,), type_ptr is (types + 1,).
+
+    >>> norm = HeteroLayerNorm(32, num_types=2)
+    >>> norm(torch.randn(5, 32), torch.tensor([0, 1, 1, 0, 1])).shape
+    torch.Size([5, 32])
+
+    Differs from `torch_geometric.nn.HeteroLayerNorm`: type_ptr has to cover all rows and all types; without parameters
+    no types are needed.
+
+    Source: Ba et al., "Layer Normalization", 2016.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_types: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        mode: str = "node",
+        device: torch.device | str | None = None,
+    ) -> None:
+        if mode != "node":
+            received, instead = f"mode={shown(mode)}", 'mode="node"'
+            raise SpecError(say("types have parameters for nodes", received=received, instead=instead))
+        Norm.__init__(
+            self,
+            "v c -> v",
+            affine="type_vec[v] c" if affine else None,
+            c=in_channels,
+            labels={"type_vec": num_types} if affine else {},
+            eps=eps,
+            device=device,
+        )
+        self.in_channels, self.num_types, self.affine = in_channels, num_types, affine
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, type_vec: Label | None = None, type_ptr: Tensor | Sequence[int] | None = None
+    ) -> Tensor:
+        """Normalizes x, (nodes, channels), by types: type_vec, (nodes,), or type_ptr, where each begins if sorted."""
+        if not self.affine:
+            return Norm.forward(self, x)
+        if type_ptr is not None:
+            type_vec = Partition.from_offsets(type_ptr, device=x.device)
+        return Norm.forward(self, x, labels={} if type_vec is None else {"type_vec": type_vec})
+
+
+class HeteroBatchNorm(Norm, pyg.HeteroBatchNorm):
+    """PyG's `HeteroBatchNorm`: the norm of every type and channel, with running statistics and parameters of the type.
+
+    For each type t and channel c:   y = (x - mean(x[t, c])) / sqrt(var(x[t, c]) + eps) * weight[t, c] + bias[t, c]
+
+    Args:
+        in_channels: c.
+        num_types: number of types.
+        eps: added to the variance, in the unit of x squared.
+        momentum: weight of the new value in the running statistics; None: the average of all batches.
+        affine: learn weight and bias.
+        track_running_stats: keep running means and (unbiased) variances, and use them in evaluation.
+        device: of parameters and buffers.
+
+    Shapes: x is (nodes, channels), type_vec is (nodes,); parameters and statistics are (types, channels).
+
+    >>> norm = HeteroBatchNorm(32, num_types=2)
+    >>> norm(torch.randn(5, 32), torch.tensor([0, 1, 1, 0, 1])).shape
+    torch.Size([5, 32])
+
+    Differs from `torch_geometric.nn.HeteroBatchNorm`: gradients flow through mean and variance; divides by
+    sqrt(var + eps) (there: by sqrt(max(var, eps))); running variances are unbiased, as in torch; every batch counts.
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_types: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        Norm.__init__(
+            self,
+            "v c -> type_vec[v] c",
+            affine="type_vec[v] c" if affine else None,
+            c=in_channels,
+            type_vec=num_types,
+            track_running_stats=track_running_stats,
+            momentum=momentum,
+            eps=eps,
+            device=device,
+        )
+        self.in_channels, self.num_types, self.affine = in_channels, num_types, affine
+
+    def forward(self, x: Tensor, type_vec: Label | None = None) -> Tensor:  # type: ignore[override]
+        """Normalizes x, (nodes, channels), by types: type_vec, (nodes,)."""
+        return Norm.forward(self, x, labels={} if type_vec is None else {"type_vec": type_vec})
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x as intermediate results of two norms are kept: they are rounded once, at the end."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
