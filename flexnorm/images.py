@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ShapeError, SpecError, as_int, say, shown
+from .errors import ShapeError, SpecError, say, shown
 from .norm import Norm
-from .partition import Partition
+from .partition import Partition, whole
 from .statistics import Moments
 
 __all__ = ["ChannelGroupNorm", "default_groups"]
@@ -28,7 +28,7 @@ def default_groups(num_channels: int) -> int:
     >>> [default_groups(c) for c in (3, 16, 30, 64, 100, 256)]
     [1, 4, 6, 16, 25, 32]
     """
-    most = min(32, _positive("num_channels", num_channels) // 4)
+    most = min(32, whole(num_channels, "num_channels", 1) // 4)
     return next((groups for groups in range(most, 1, -1) if num_channels % groups == 0), 1)
 
 
@@ -93,7 +93,7 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
         zero_init: bool = False,
         activation: str | None = None,
     ) -> None:
-        num_groups, num_channels = _positive("num_groups", num_groups), _positive("num_channels", num_channels)
+        num_groups, num_channels = whole(num_groups, "num_groups", 1), whole(num_channels, "num_channels", 1)
         if zero_init and not affine:
             received, instead = "zero_init=True, affine=False", "affine=True"
             raise SpecError(say("zero_init sets the weight, so there must be one", received=received, instead=instead))
@@ -169,14 +169,6 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
         said += ["zero_init=True"] if self.zero_init else []
         said += [f"activation={self._options.activation!r}"] if self._options.activation else []
         return ", ".join(said)
-
-
-def _positive(name: str, value: object) -> int:
-    number = as_int(value)
-    if number is None or number < 1:
-        rule = f"{name} is a whole number of 1 or more"
-        raise SpecError(say(rule, received=f"{name}={shown(value)}", instead=f"{name}=8, say"))
-    return number
 
 
 def _partition(groups: Sequence[int] | Tensor | Partition, num_groups: int, num_channels: int) -> Partition:

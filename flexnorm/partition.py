@@ -198,12 +198,12 @@ def _check_integers(ids: object, name: str) -> None:
         )
 
 
-def whole(count: object, name: str) -> int:
-    """The count, if it is one."""
-    number = as_int(count)
-    if number is None or not 0 <= number < 2**63:
-        received = f"{name}={shown(count)}"
-        raise SpecError(say(f"{name} is a whole number of 0 or more", received=received, instead=f"{name}=8, say"))
+def whole(value: object, name: str, least: int = 0) -> int:
+    """The value as an int, if it is a whole number and not below `least`."""
+    number = as_int(value)
+    if number is None or not least <= number < 2**63:
+        rule, received = f"{name} is a whole number of {least} or more", f"{name}={shown(value)}"
+        raise SpecError(say(rule, received=received, instead=f"{name}=8, say"))
     return number
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import ShapeError, SpecError, as_int, say, shown
 from .functional import moments as moments_of
 from .norm import Norm
-from .partition import Partition
+from .partition import Partition, whole
 from .sequences import as_mask
 from .statistics import Moments
 
@@ -51,7 +51,7 @@ def mel_bands(
     >>> mel_bands(201, 8, 16000).counts
     tensor([10,  9, 11, 15, 20, 27, 35, 74])
     """
-    n_freqs, n_bands = _positive("n_freqs", n_freqs), _positive("n_bands", n_bands)
+    n_freqs, n_bands = whole(n_freqs, "n_freqs", 1), whole(n_bands, "n_bands", 1)
     filters = _filters(n_freqs, n_bands, sample_rate, f_min, f_max, mel_scale)
     ids = filters.argmax(1).cummax(0).values  # outside of all filters argmax is 0
     sizes = ids.bincount(minlength=n_bands)
@@ -102,12 +102,12 @@ def hz_bands(
             say(rule, received=received, instead="n_mels=80 after MelSpectrogram, n_freqs=201 after an STFT")
         )
     if n_freqs is not None:
-        centers = torch.linspace(0, sample_rate / 2, _positive("n_freqs", n_freqs))
+        centers = torch.linspace(0, sample_rate / 2, whole(n_freqs, "n_freqs", 1))
         low, high = 0.0, sample_rate / 2
     else:
         # torchaudio has the filters and not their peaks: these are read off at every whole Hz
         grid = int(sample_rate) // 2 + 1
-        filters = _filters(grid, _positive("n_mels", n_mels), sample_rate, f_min, f_max, mel_scale)
+        filters = _filters(grid, whole(n_mels, "n_mels", 1), sample_rate, f_min, f_max, mel_scale)
         centers = filters.argmax(0).float()
         low, high = f_min, sample_rate / 2 if f_max is None else f_max
     edges = torch.as_tensor(edges, dtype=torch.float32, device="cpu")
@@ -238,7 +238,7 @@ class MelBandNorm(Norm):
             )
         sizes = {"f": band.ids.numel()}
         if num_channels is not None:
-            sizes["c"] = _positive("num_channels", num_channels)
+            sizes["c"] = whole(num_channels, "num_channels", 1)
         super().__init__(
             "n c f t, n t -> n c band[f]" if channels else "n ... f t, n t -> n ... band[f]",
             affine=" ".join(_AXES[word] for word in words) or None,
@@ -324,7 +324,7 @@ class CepstralNorm(Norm):
         if mode == "fixed" and num_features is None:
             rule, instead = "fixed statistics need the number of features when the layer is built", "num_features=80"
             raise SpecError(say(rule, received="num_features=None", instead=instead))
-        sizes = {} if num_features is None else {"f": _positive("num_features", num_features)}
+        sizes = {} if num_features is None else {"f": whole(num_features, "num_features", 1)}
         super().__init__(_MODES[mode], scale=scale, eps=eps, sizes=sizes)
         self.mode, self.num_features = mode, num_features
         if mode == "fixed":
@@ -453,7 +453,7 @@ def _each(m: Moments, f: Callable[..., Tensor], *others: Moments) -> Moments:
 def _bands(bands: object, num_frequencies: object) -> Partition:
     """The band of every frequency, in the four ways of saying it."""
     if num_frequencies is not None:
-        num_frequencies = _positive("num_frequencies", num_frequencies)
+        num_frequencies = whole(num_frequencies, "num_frequencies", 1)
     number = as_int(bands)
     if number is not None:
         if num_frequencies is None or not 0 < number <= num_frequencies:
@@ -517,11 +517,3 @@ def _frames(x: Tensor, lengths: Tensor | Sequence[int] | None, mask: Tensor | No
     if not isinstance(x, Tensor) or (lengths is None and mask is None):
         return None
     return as_mask(mask, lengths, batch=x.shape[0], time=x.shape[-1], device=x.device)
-
-
-def _positive(name: str, value: object) -> int:
-    number = as_int(value)
-    if number is None or number < 1:
-        rule = f"{name} is a whole number of 1 or more"
-        raise SpecError(say(rule, received=f"{name}={shown(value)}", instead=f"{name}=8, say"))
-    return number
