@@ -220,8 +220,8 @@ class Norm(nn.Module):
     def _track(self, running: Moments, new: Moments) -> None:
         """Moves the running statistics towards those of this batch; empty sets, and variances of one element, stay."""
         assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.num_batches_tracked.add_((new.count > 0).any())  # a batch of nothing is none
+        momentum = 1 / max(float(self.num_batches_tracked), 1.0) if self.momentum is None else self.momentum
         for old, value, known in ((running.mean, new.mean, new.count > 0), (running.m2, *new.unbiased_var())):
             old.copy_(old.lerp(value.to(old.dtype), momentum).where(known, old))
 

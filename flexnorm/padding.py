@@ -25,7 +25,7 @@ class _Run(NamedTuple):
     """A model that runs."""
 
     model: nn.Module
-    stages: dict[int, Tensor] | None  # valid lengths (batch) of every padded size that time has had so far, if given
+    stages: dict[int, Tensor | None] | None  # valid lengths (batch) of every padded size that time has had, if given
     outer: _Run | None  # the one that called it
 
 
@@ -37,7 +37,7 @@ def padding_proof(
     *,
     time_dim: int = 1,
     time_dim_2d: int = 2,
-    trusted: Iterable[type[nn.Module]] = (),
+    trusted: type[nn.Module] | Iterable[type[nn.Module]] = (),
 ) -> _Model:
     """Makes a model give every sequence of a padded batch what it gives the sequence alone.
 
@@ -55,14 +55,14 @@ def padding_proof(
         trusted: further classes of layers that you know to leave time alone, or to mask what is padding themselves.
 
     Returns:
-        The model. To call this twice changes nothing.
+        The model. To call this again looks for layers that were added.
 
     Raises:
         SpecError: `forward` takes neither argument; or a layer may mix time in a way that is not known here: a class
             that is no known one, circular or reflecting padding, pooling whose divisor depends on the end. It is named,
             and the model is unchanged.
         ShapeError: while running: lengths beyond the input, a mask with holes, or a layer that sees a number of steps
-            that no known layer gave.
+            that no known layer gave, or that two gave of sequences of different lengths.
 
     Activation checkpointing computes layers again when the lengths are gone: that raises. Methods other than `forward`
     are not covered.
@@ -76,13 +76,11 @@ def padding_proof(
     >>> torch.allclose(y[1:, :, :4], net(x[1:, :, :6]), atol=1e-6)
     True
     """
-    if getattr(model, "_padding_proof", False):
-        return model
-    argument = _argument(model)
-    trusted = tuple(trusted)
+    names = _arguments(model)
+    vouched: tuple[type[nn.Module], ...] = (trusted,) if isinstance(trusted, type) else tuple(trusted)
     modules = list(_named_modules(model))
     for name, module in modules:
-        _check(name, module, trusted)
+        _check(name, module, vouched)
     replaced: dict[nn.Module, nn.Module] = {}
     for name, module in modules:
         kind = _kind(module)
@@ -91,14 +89,20 @@ def padding_proof(
                 replaced[module] = _MASKED[kind].of(module, name, time_dim_2d)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, replaced[module])
-        elif kind is not None and kind in (*_ONE_D, *_TWO_D) and not getattr(module, "_carries", False):
-            module._carries = True  # type: ignore[assignment]
-            axis = 2 if kind in _ONE_D else time_dim_2d
-            module.register_forward_pre_hook(partial(_silence, name, axis, _fill(module)))
-            module.register_forward_hook(partial(_carry, name, axis))
-    model.register_forward_pre_hook(partial(_enter, argument, time_dim), with_kwargs=True)
-    model.register_forward_hook(_leave, always_call=True)
-    model._padding_proof = True  # type: ignore[assignment]
+        elif not getattr(module, "_followed", False):
+            module._followed = True  # type: ignore[assignment]
+            if kind is not None and kind in (*_ONE_D, *_TWO_D):
+                axis = 2 if kind in _ONE_D else time_dim_2d
+                module.register_forward_pre_hook(partial(_silence, name, axis, _fill(module)), with_kwargs=True)
+                module.register_forward_hook(partial(_carry, name, axis), with_kwargs=True)
+            elif kind is nn.MultiheadAttention:
+                module.register_forward_pre_hook(partial(_masked_attention, name), with_kwargs=True)
+            elif kind in (nn.GLU, nn.Linear, nn.LayerNorm, nn.RMSNorm):
+                module.register_forward_pre_hook(partial(_apart_from_time, name), with_kwargs=True)
+    if not getattr(model, "_padding_proof", False):
+        model.register_forward_pre_hook(partial(_enter, names, time_dim), with_kwargs=True)
+        model.register_forward_hook(_leave, always_call=True)
+        model._padding_proof = True  # type: ignore[assignment]
     return model
 
 
@@ -106,22 +110,31 @@ def padding_proof(
 
 
 def _enter(
-    argument: str, time_dim: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    names: tuple[str, ...], time_dim: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the model runs: notes what is valid, and empties the padding of its input."""
+    outer = _RUN.get()
+    if outer is not None and outer.model is model:  # left behind by an interrupt
+        outer = outer.outer
     bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
-    names = list(bound.arguments)
-    given = bound.arguments.get(argument, bound.arguments.get("kwargs", {}).get(argument))
-    if given is None:
-        _RUN.set(_Run(model, None, _RUN.get()))
+    told = {name: bound.arguments[name] for name in names if bound.arguments.get(name) is not None}
+    if len(told) > 1:
+        rule, received = "lengths or attention_mask says what is valid, not both", ", ".join(told)
+        raise SpecError(say(rule, received=received, instead="one of them"))
+    if not told:
+        _RUN.set(_Run(model, None if outer is None else outer.stages, outer))
         return args, kwargs
-    x = bound.arguments[names[1]]
+    (name, given), *_ = told.items()
+    inputs = [key for key, value in list(bound.arguments.items())[1:] if isinstance(value, Tensor) and key not in names]
+    if not inputs:
+        rule, instead = "a model is called with a tensor, and with what is valid of it", "model(x, lengths)"
+        raise SpecError(say(rule, received=f"{name} alone", instead=instead))
+    x = bound.arguments[inputs[0]]
     batch, time = x.shape[0], x.shape[time_dim]
-    told = {"mask": given} if argument == "attention_mask" else {"lengths": given}
-    valid = as_mask(**told, batch=batch, time=time, device=x.device)
+    valid = as_mask(**{"mask" if name == "attention_mask" else name: given}, batch=batch, time=time, device=x.device)
     assert valid is not None
     lengths = valid.sum(1)
-    if argument == "attention_mask" and not torch.equal(valid, _prefix(lengths, time)):
+    if name == "attention_mask" and not torch.equal(valid, _prefix(lengths, time)):
         raise ShapeError(
             say(
                 "attention_mask marks the beginning of every sequence: padding stands behind it",
@@ -129,47 +142,98 @@ def _enter(
                 instead="sequences padded on the right: padding_side='right'",
             )
         )
-    _RUN.set(_Run(model, {time: lengths}, _RUN.get()))
-    x = _emptied(x, lengths, time_dim, 0.0)
-    if args:
-        return (x, *args[1:]), kwargs
-    return args, {**kwargs, names[1]: x}
+    emptied = _emptied(x, lengths, time_dim, 0.0)
+    _RUN.set(_Run(model, {time: lengths}, outer))
+    if inputs[0] in kwargs:
+        return args, {**kwargs, inputs[0]: emptied}
+    return tuple(emptied if value is x else value for value in args), kwargs
 
 
 def _leave(model: nn.Module, args: object, output: object) -> None:
     run = _RUN.get()
-    if run is not None and run.model is model:  # not, if an error kept it from entering
-        _RUN.set(run.outer)
+    if run is None or run.model is not model:  # an error kept it from entering
+        return
+    outer = run.outer
+    if outer is not None and outer.stages is not None and run.stages is not None and run.stages is not outer.stages:
+        for time, lengths in run.stages.items():  # what came out of a part goes on in the whole
+            _note(outer.stages, time, lengths)
+    _RUN.set(outer)
 
 
-def _stages() -> dict[int, Tensor] | None:
+def _stages() -> dict[int, Tensor | None] | None:
     run = _RUN.get()
     return None if run is None else run.stages
 
 
+def _note(stages: dict[int, Tensor | None], time: int, lengths: Tensor | None) -> None:
+    """The lengths of this padded size. Two that differ are None: which of them a tensor has, its size does not say."""
+    known = stages.get(time, lengths)
+    stages[time] = lengths if known is not None and lengths is not None and torch.equal(known, lengths) else None
+
+
 def _silence(
-    name: str, axis: int, fill: float, module: nn.Module, args: tuple[Tensor, ...]
-) -> tuple[Tensor, ...] | None:
+    name: str, axis: int, fill: float, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Before a layer that looks in time: what stands behind the end is what would stand there alone."""
-    x = args[0]
-    axis = x.dim() - 1 if axis == x.dim() else axis  # without a batch axis there is no padding either
-    lengths = _lengths(module, name, x.shape[axis])
+    x: Tensor = args[0] if args else kwargs["input"]
+    lengths = _lengths(module, name, x, axis)
     if lengths is None:
         return None
-    return (_emptied(x, lengths, axis, fill), *args[1:])
+    x = _emptied(x, lengths, axis, fill)
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "input": x})
 
 
-def _carry(name: str, axis: int, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-    """After it: the lengths that come out."""
+def _carry(
+    name: str, axis: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+) -> Tensor | None:
+    """After it: the lengths that come out, and nothing behind them."""
     stages = _stages()
-    if stages is not None:
-        lengths = _lengths(module, name, args[0].shape[axis])
-        assert lengths is not None
-        stages[y.shape[axis]] = frame_lengths(lengths, module, axis=axis - 2)
+    if stages is None:
+        return None
+    x: Tensor = args[0] if args else kwargs["input"]
+    lengths = _lengths(module, name, x, axis)
+    assert lengths is not None
+    both = torch.cat([lengths, lengths.new_tensor([x.shape[axis]])])
+    *_, padded = ahead = frame_lengths(both, module, axis=axis - 2)
+    if int(padded) != y.shape[axis]:
+        received = f"{name}: {module} gave {y.shape[axis]} steps of {x.shape[axis]}"
+        raise ShapeError(say(f"this layer gives {int(padded)} steps", received=received, instead="no output_size"))
+    _note(stages, y.shape[axis], ahead[:-1])
+    return _emptied(y, ahead[:-1], axis, 0.0)
 
 
-def _lengths(module: nn.Module, name: str, time: int) -> Tensor | None:
-    """The valid lengths of a tensor with this many steps; None if the model runs without lengths."""
+def _masked_attention(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Attention looks at all of time: somebody has to tell it what is padding."""
+    masks = (*args[3:4], *args[5:6], kwargs.get("key_padding_mask"), kwargs.get("attn_mask"))
+    stages = _stages()
+    if stages is None or any(mask is not None for mask in masks):
+        return
+    if any(lengths is None or bool((lengths < time).any()) for time, lengths in stages.items()):
+        raise SpecError(
+            say(
+                "attention over padded sequences is told what is padding",
+                received=f"{name}: {module} without key_padding_mask",
+                instead="a forward that makes key_padding_mask of its lengths",
+            )
+        )
+
+
+def _apart_from_time(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A layer of one axis, which must not be time."""
+    stages, x = _stages(), args[0] if args else kwargs["input"]
+    axis = getattr(module, "dim", -1) % x.dim()
+    if stages is not None and x.dim() == 3 and axis > 0 and x.shape[axis] in stages and x.shape[3 - axis] not in stages:
+        raise SpecError(
+            say(
+                "a layer that mixes time cannot be made padding-proof",
+                received=f"{name}: {module}, x of shape {tuple(x.shape)}, time is axis {axis}",
+                instead="nn.GLU(dim=1), if these are (batch, channels, time); a transposed x",
+            )
+        )
+
+
+def _lengths(module: nn.Module, name: str, x: Tensor, axis: int) -> Tensor | None:
+    """The valid lengths of x, whose time is `axis`; None if the model runs without lengths."""
     stages = _stages()
     if stages is None:
         if torch._C._current_graph_task_id() != -1 and getattr(module, "_had_lengths", False):
@@ -182,17 +246,34 @@ def _lengths(module: nn.Module, name: str, time: int) -> Tensor | None:
             )
         module._had_lengths = False  # type: ignore[assignment]
         return None
-    if time not in stages:
-        raise ShapeError(
-            say(
-                "every layer sees as many steps as the input has, or as a layer before it gave",
-                received=f"{name}: {module} sees {time} steps; known: {', '.join(map(str, stages))}",
-                instead="time_dim=, if time is another axis of the input; if something between the layers cuts or pads "
-                "time, that cannot be followed",
-            )
-        )
     module._had_lengths = True  # type: ignore[assignment]
-    return stages[time]
+    time = x.shape[axis] if axis < x.dim() else -1
+    lengths = stages.get(time)
+    if lengths is not None and lengths.numel() == x.shape[0]:
+        return lengths
+    seen = f"{name}: {module} sees {time} steps, x of shape {tuple(x.shape)}"
+    if lengths is not None:
+        rule = f"every layer sees the sequences of the batch, {lengths.numel()}"
+        instead = "a model that does not fold time or channels into the batch"
+    elif time in stages:
+        rule = "the number of steps says how long the sequences are"
+        seen += ": layers before gave as many, of sequences of different lengths"
+        instead = "strides that do not meet in one size, or another size of the input"
+    else:
+        rule = "every layer sees as many steps as the input has, or as a layer before it gave"
+        seen += f"; known: {', '.join(map(str, stages))}"
+        instead = "time_dim=, if time is another axis of the input; if something between the layers cuts or pads time, "
+        instead += "that cannot be followed"
+    raise ShapeError(say(rule, received=seen, instead=instead))
+
+
+def _rows_are_sequences(module: nn.Module, name: str, x: Tensor) -> None:
+    """Rows without time are one of each sequence; batch norm of the steps of all would count the padding."""
+    known = [lengths for lengths in (_stages() or {}).values() if lengths is not None]
+    if isinstance(module, nn.BatchNorm1d) and known and x.shape[0] != known[0].numel():
+        rule = f"rows without time are one of each sequence: {known[0].numel()}"
+        received = f"{name}: {module} sees {x.shape[0]} rows"
+        raise ShapeError(say(rule, received=received, instead="(batch, channels, time) for the batch norm"))
 
 
 def _prefix(lengths: Tensor, time: int) -> Tensor:
@@ -203,7 +284,7 @@ def _emptied(x: Tensor, lengths: Tensor, axis: int, fill: float) -> Tensor:
     """x with `fill` behind the end of every sequence."""
     shape = [1] * x.dim()
     shape[0], shape[axis] = x.shape[0], x.shape[axis]
-    return x.where(_prefix(lengths, x.shape[axis]).reshape(shape), fill)
+    return x.masked_fill(~_prefix(lengths, x.shape[axis]).reshape(shape), fill)
 
 
 # --- layers that look in time ----------------------------------------------------------------------------------------
@@ -227,17 +308,18 @@ class _Masked(Norm):
     _name: str
     _axis: int
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the signature of the layer it replaces
-        if x.dim() < 3:
-            return super().forward(x)
-        axis = 2 if x.dim() == 3 else self._axis
-        lengths = _lengths(self, self._name, x.shape[axis])
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # the signature of the layer it replaces
+        if input.dim() < 3:
+            _rows_are_sequences(self, self._name, input)
+            return super().forward(input)
+        axis = 2 if input.dim() == 3 else self._axis
+        lengths = _lengths(self, self._name, input, axis)
         if lengths is None:
-            return super().forward(x)
-        valid = _prefix(lengths, x.shape[axis])
-        shape = [1] * (x.dim() - 1)
+            return super().forward(input)
+        valid = _prefix(lengths, input.shape[axis])
+        shape = [1] * (input.dim() - 1)
         shape[0], shape[axis - 1] = valid.shape
-        return super().forward(x, valid.reshape(shape).expand(x.shape[0], *x.shape[2:]))
+        return super().forward(input, valid.reshape(shape).expand(input.shape[0], *input.shape[2:]))
 
     @classmethod
     def of(cls, layer: Any, name: str, axis: int) -> _Masked:
@@ -361,11 +443,15 @@ def _kind(module: nn.Module) -> type[nn.Module] | None:
     if isinstance(module, Norm):
         return None
     known = (*_POINTWISE, *_CONTAINERS, *_ONE_D, *_TWO_D, *_MASKED, nn.MultiheadAttention)
-    return next((k for k in known if isinstance(module, k) and _forward(type(module)) is _forward(k)), None)
+    return next((k for k in known if isinstance(module, k) and _runs(module, k)), None)
 
 
-def _forward(kind: Any) -> Any:
-    return kind.forward
+def _runs(module: Any, kind: Any) -> bool:
+    """Whether the module computes what this class of torch does: no method on the way is another."""
+    own = type(module)
+    ways = ("forward", "__call__", "_conv_forward")
+    same = all(getattr(own, way, None) is getattr(kind, way, None) for way in ways)
+    return same and "forward" not in module.__dict__
 
 
 def _check(name: str, module: nn.Module, trusted: tuple[type[nn.Module], ...]) -> None:
@@ -384,6 +470,10 @@ def _check(name: str, module: nn.Module, trusted: tuple[type[nn.Module], ...]) -
         reason = f"its padding is {layer.padding_mode!r} and not zeros"
     elif kind in (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d) and layer.ceil_mode:
         reason = "with ceil_mode its last window depends on the end"
+    elif kind in (nn.MaxPool1d, nn.MaxPool2d) and layer.return_indices:
+        reason = "its indices count from the beginning of the padded batch"
+    elif kind in _MASKED and (type(module) is not kind or not set(module._parameters) <= {"weight", "bias"}):
+        reason = "to replace it would lose what it adds to its class"
     elif kind in (nn.AvgPool1d, nn.AvgPool2d) and any(_each(layer.padding)) and not layer.count_include_pad:
         reason = "without count_include_pad its divisor depends on the end"
     elif kind in (nn.InstanceNorm1d, nn.InstanceNorm2d) and layer.track_running_stats:
@@ -403,16 +493,16 @@ def _each(value: int | tuple[int, ...]) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else value
 
 
-def _argument(model: nn.Module) -> str:
-    """The name by which `forward` takes what is valid."""
+def _arguments(model: nn.Module) -> tuple[str, ...]:
+    """The names by which `forward` takes what is valid."""
     parameters = inspect.signature(type(model).forward).parameters
-    for name in ("lengths", "attention_mask"):
-        if name in parameters:
-            return name
-    raise SpecError(
-        say(
-            "a model that is told what is valid takes `lengths` or `attention_mask` in its forward",
-            received=f"{type(model).__name__}.forward({', '.join(list(parameters)[1:])})",
-            instead="def forward(self, x, lengths=None), in a subclass that hands x on",
+    names = tuple(name for name in ("lengths", "attention_mask") if name in parameters)
+    if not names:
+        raise SpecError(
+            say(
+                "a model that is told what is valid takes `lengths` or `attention_mask` in its forward",
+                received=f"{type(model).__name__}.forward({', '.join(list(parameters)[1:])})",
+                instead="def forward(self, x, lengths=None), in a subclass that hands x on",
+            )
         )
-    )
+    return names

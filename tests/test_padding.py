@@ -278,6 +278,28 @@ def test_statistics_of_a_norm_are_those_of_moments():
     torch.testing.assert_close(y[1, :, :2], ((x - mean) / (var + 1e-5).sqrt())[1, :, :2])
 
 
+class Circular(nn.Conv1d):
+    """What forward computes lies in another method."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(torch.roll(x, 1, -1), weight, bias)
+
+
+class Called(nn.Identity):
+    def __call__(self, x):
+        return x.flip(-1)
+
+
+class OfMyOwn(nn.GroupNorm):
+    def more(self):
+        return 1
+
+
+def patched(module):
+    module.forward = lambda x: x.flip(-1)
+    return module
+
+
 @pytest.mark.parametrize(
     ("layers", "text"),
     [
@@ -288,6 +310,12 @@ def test_statistics_of_a_norm_are_those_of_moments():
         ([nn.AvgPool1d(3, padding=1, count_include_pad=False)], "its divisor depends on the end"),
         ([nn.MaxPool1d(3, ceil_mode=True)], "ceil_mode"),
         ([nn.LayerNorm((3, 10))], "several axes"),
+        ([nn.MaxPool1d(2, return_indices=True)], "indices"),
+        ([Circular(3, 3, 3, padding=1)], "Circular; its class is not known"),
+        ([Called()], "Called; its class is not known"),
+        ([patched(nn.Identity())], "Identity; its class is not known"),
+        ([OfMyOwn(1, 3)], "lose what it adds"),
+        ([nn.utils.parametrizations.weight_norm(nn.GroupNorm(1, 3), dim=0)], "lose what it adds"),
         ([nn.InstanceNorm1d(3, track_running_stats=True)], "average over sequences"),
         ([nn.Conv1d(3, 4, 1), nn.Sequential(nn.Softmax(dim=-1))], "1.0: torch.nn.modules.activation.Softmax"),
     ],
@@ -333,7 +361,7 @@ def test_time_that_is_cut_between_layers_is_an_error():
             return self[1](self[0](x)[..., 2:])
 
     net = padding_proof(Cutting(nn.Conv1d(3, 4, 3), nn.GroupNorm(1, 4)), time_dim=2, trusted=[Cutting])
-    with pytest.raises(ShapeError, match=r"1: .* sees 6 steps; known: 10, 8"):
+    with pytest.raises(ShapeError, match=r"1: .* sees 6 steps, .*; known: 10, 8"):
         net(torch.randn(2, 3, 10), torch.tensor([10, 5]))
 
 
@@ -354,3 +382,162 @@ def test_recomputation_without_lengths_raises():
     y = net(torch.randn(2, 3, 10, requires_grad=True), torch.tensor([10, 5]))
     with pytest.raises(RuntimeError, match="the lengths are gone"):
         y.sum().backward()
+
+
+# --- what a review found ---
+
+
+class Attending(nn.Module):
+    """Pooling, then attention: what the pool leaves behind the end reaches the values of attention."""
+
+    def __init__(self, tell=True):
+        super().__init__()
+        self.pool, self.attention, self.out = (
+            nn.MaxPool1d(2),
+            nn.MultiheadAttention(4, 2, batch_first=True),
+            nn.Linear(4, 3),
+        )
+        self.tell = tell
+
+    def forward(self, x, lengths=None):
+        x = self.pool(x).transpose(1, 2)
+        mask = None
+        if lengths is not None and self.tell:
+            mask = torch.arange(x.shape[1]) >= (lengths // 2)[:, None]
+        return self.out(self.attention(x, x, x, key_padding_mask=mask, need_weights=False)[0])
+
+
+def test_pooling_leaves_nothing_behind_the_end():
+    net = padding_proof(Attending().eval(), time_dim=2, trusted=Attending)
+    items = [torch.randn(n, 4) for n in (20, 11)]
+    batch, lengths = padded(items, float("nan"))
+    y = net(batch.transpose(1, 2), lengths)
+    alone = net(items[1].t()[None])
+    torch.testing.assert_close(y[1, :5], alone[0], rtol=0, atol=CLOSE)
+    (y[0].sum() + y[1, :5].sum()).backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+def test_attention_that_is_told_nothing_is_an_error():
+    net = padding_proof(Attending(tell=False), time_dim=2, trusted=[Attending])
+    with pytest.raises(SpecError, match="without key_padding_mask"):
+        net(torch.randn(2, 4, 20), torch.tensor([20, 11]))
+    net(torch.randn(2, 4, 20), torch.tensor([20, 20]))
+
+
+def test_one_size_of_two_lengths_is_an_error():
+    class Forked(Net):
+        def forward(self, x, lengths=None):
+            y = self[0](x)
+            self[1](x)
+            return self[2](y)
+
+    net = padding_proof(
+        Forked(nn.Conv1d(4, 4, 1, stride=2), nn.Conv1d(4, 4, 2, stride=2), nn.GroupNorm(2, 4)),
+        time_dim=2,
+        trusted=[Forked],
+    )
+    x = torch.randn(2, 4, 10)
+    with pytest.raises(ShapeError, match="of different lengths"):
+        net(x, torch.tensor([10, 7]))  # 4 and 3 of the shorter one, 5 of both of the longer
+    net(x, torch.tensor([10, 8]))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.GLU(dim=-1), nn.Linear(10, 10), nn.LayerNorm(10)], ids=["glu", "linear", "layer_norm"]
+)
+def test_a_layer_of_one_axis_that_is_time_is_an_error(layer):
+    net = padding_proof(Net(layer), time_dim=2, trusted=[Net])
+    with pytest.raises(SpecError, match="time is axis 2"):
+        net(torch.randn(2, 3, 10), torch.tensor([10, 7]))
+
+
+def test_batch_norm_of_flattened_steps_is_an_error():
+    class Flat(Net):
+        def forward(self, x, lengths=None):
+            return self[0](x.reshape(-1, x.shape[-1]))
+
+    net = padding_proof(Flat(nn.BatchNorm1d(4)), trusted=[Flat])
+    with pytest.raises(ShapeError, match="sees 20 rows"):
+        net(torch.randn(2, 10, 4), torch.tensor([10, 7]))
+
+
+@pytest.mark.parametrize("tell", [True, False])
+def test_a_part_called_with_or_without_lengths(tell):
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = padding_proof(Net(nn.Conv1d(3, 4, 3), nn.GroupNorm(2, 4)), time_dim=2, trusted=[Net])
+            self.norm = nn.GroupNorm(1, 4)
+
+        def forward(self, x, lengths=None):
+            return self.norm(self.part(x, lengths) if tell else self.part(x))
+
+    net = padding_proof(Outer(), time_dim=2, trusted=[Outer, Net])
+    items = [torch.randn(n, 3) for n in (20, 11)]
+    batch, lengths = padded(items, float("nan"))
+    y, alone = net(batch.transpose(1, 2), lengths), net(items[1].t()[None])
+    torch.testing.assert_close(y[1, :, :9], alone[0], rtol=0, atol=CLOSE)
+
+
+def test_ids_and_inputs_by_keyword():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.conv, self.norm = nn.Embedding(9, 4), nn.Conv1d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)
+
+        def forward(self, ids=None, attention_mask=None, embedded=None):
+            x = self.embed(ids) if embedded is None else embedded
+            return self.norm(input=self.conv(input=x.transpose(1, 2)))
+
+    net = padding_proof(Words(), trusted=[Words])
+    ids, mask = torch.randint(0, 9, (2, 7)), torch.arange(7) < torch.tensor([[7], [4]])
+    alone = net(ids[1:, :4])
+    for y in (
+        net(ids, mask),
+        net(ids=ids, attention_mask=mask.long()),
+        net(attention_mask=mask, embedded=net.embed(ids)),
+    ):
+        torch.testing.assert_close(y[1, :, :4], alone[0], rtol=0, atol=CLOSE)
+
+
+def test_both_ways_of_saying_what_is_valid():
+    class Both(Net):
+        def forward(self, x, lengths=None, attention_mask=None):
+            return nn.Sequential.forward(self, x)
+
+    net = padding_proof(Both(nn.Conv1d(3, 4, 3), nn.GroupNorm(2, 4)), time_dim=2, trusted=[Both])
+    x, lengths = torch.randn(2, 3, 10), torch.tensor([10, 6])
+    mask = torch.arange(10) < lengths[:, None]
+    assert torch.equal(net(x, lengths), net(x, attention_mask=mask))
+    with pytest.raises(SpecError, match="not both"):
+        net(x, lengths, mask)
+
+
+def test_output_size_of_a_transposed_convolution_is_an_error():
+    class Sized(Net):
+        def forward(self, x, lengths=None):
+            return self[0](x, output_size=[20])
+
+    net = padding_proof(Sized(nn.ConvTranspose1d(3, 4, 3, stride=2, padding=1)), time_dim=2, trusted=[Sized])
+    with pytest.raises(ShapeError, match="output_size"):
+        net(torch.randn(2, 3, 10), torch.tensor([10, 6]))
+
+
+def test_layers_added_later_are_found_by_a_second_call():
+    net = padding_proof(Net(nn.Conv1d(3, 4, 3)), time_dim=2, trusted=[Net])
+    net.append(nn.GroupNorm(2, 4))
+    padding_proof(net, time_dim=2, trusted=[Net])
+    x, lengths = torch.randn(2, 3, 10), torch.tensor([10, 6])
+    torch.testing.assert_close(net(x, lengths)[1, :, :4], net(x[1:, :, :6])[0], rtol=0, atol=CLOSE)
+    assert len(net._forward_pre_hooks) == 1
+
+
+def test_a_batch_folded_into_another_is_an_error():
+    class Folded(Net):
+        def forward(self, x, lengths=None):
+            return self[0](x.reshape(4, 2, 10))
+
+    net = padding_proof(Folded(nn.Conv1d(2, 4, 3)), time_dim=2, trusted=[Folded])
+    with pytest.raises(ShapeError, match="the sequences of the batch, 2"):
+        net(torch.randn(2, 4, 10), torch.tensor([10, 6]))

@@ -95,6 +95,7 @@ def test_one_element_gives_a_mean_and_no_variance():
     assert norm.running_var.tolist() == [1, 1]
     norm(torch.zeros(0, 2))
     assert norm.running_mean.tolist() == [3, 4]
+    assert norm.num_batches_tracked == 1
 
 
 def test_explicit_moments_win_and_are_not_tracked():
