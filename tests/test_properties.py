@@ -184,3 +184,27 @@ def test_what_is_outside_changes_no_bit(problem, fill):
     for clean, dirty in zip(*results, strict=True):
         assert torch.equal(clean, dirty)
         assert (dirty[~inside] == 0).all()
+
+
+@EXAMPLES
+@given(problems())
+def test_gains_and_offsets_of_whole_sets_leave_nothing(problem):
+    """With eps=0 a set's own gain (above 0) and offset cancel, weight and bias aside."""
+    pattern, x, kwargs = problem
+    note(snippet(*problem))
+    kwargs = {name: kwargs[name] for name in ("mask", "sizes", "labels") if name in kwargs}
+    kwargs["labels"] = {name: p for name, p in kwargs["labels"].items() if f"{name}[" in pattern.split("->")[1]}
+    p = oracle.Pattern(pattern, x.shape, kwargs["sizes"], kwargs["labels"])
+    shape = p.shape(p.right)
+    gain, offset = torch.rand(shape, dtype=torch.float64) + 0.5, torch.randn(shape, dtype=torch.float64)
+    places = [p.place(p.right, element) for element in p.elements]
+    gains, offsets = (
+        torch.tensor([t[q] for q in places], dtype=torch.float64).reshape(x.shape) for t in (gain, offset)
+    )
+    y, z = normalize(x, pattern, eps=0, **kwargs), normalize(x * gains + offsets, pattern, eps=0, **kwargs)
+    # Rounding of x * gain + offset, over the deviation of its set. Where rounding is all there is, nothing is promised.
+    count, mean, m2 = oracle.moments(x, pattern, **kwargs)
+    sigma = (m2 / count.clamp(min=1e-300)).sqrt()
+    sigmas = torch.tensor([float(sigma[q]) for q in places], dtype=torch.float64).reshape(x.shape)
+    limit = 64 * 2.3e-16 * (1 + x.abs().max() if x.numel() else 1) / sigmas * (1 + y.abs())
+    assert ((y - z).abs() <= limit).logical_or(sigmas <= 1e-9 * (1 + mean.abs().max() if mean.numel() else 1)).all()
