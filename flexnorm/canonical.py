@@ -110,11 +110,11 @@ class Cut:
 
         For an outermost axis that a label consumes alone, rows are to be visited in the order of `visit`.
         """
+        if (label := self._outer_label(sets)) is not None:
+            return label.offsets * self._size(self.rows[1:])
         outer = 0
         while outer < len(self.rows) and self.rows[outer] in sets.kept:
             outer += 1
-        if outer == 0 and (label := self._outer_label(sets)) is not None:
-            return label.offsets * self._size(self.rows[1:])
         ranges = self._size(self.rows[:outer])
         return torch.arange(ranges + 1) * self._size(self.rows[outer:])
 
