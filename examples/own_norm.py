@@ -47,7 +47,8 @@ figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
 for row, x in zip(axes, (photographs[0], photographs[0] * light), strict=True):
     row[0].imshow(x.permute(1, 2, 0).clamp(0, 1).numpy())
     row[1].imshow((patch_norm(x[None])[0].permute(1, 2, 0) / 6 + 0.5).clamp(0, 1).numpy())
-for axis in axes.flat:
+for axis, title in zip(axes.flat, ("photograph", "one norm a patch", "under a lamp", "one norm a patch"), strict=True):
+    axis.set_title(title)
     axis.set_axis_off()
 figure.savefig(folder / "own_norm.png", dpi=80)
 print(f"Saved {folder / 'own_norm.png'}")
