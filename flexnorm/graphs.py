@@ -25,11 +25,11 @@ from .context import given_here
 from .errors import ShapeError, SpecError, say, shown
 from .functional import moments, normalize
 from .norm import Norm
-from .partition import Partition
+from .partition import Partition, readable
 from .statistics import Moments
 
 try:
-    from torch_geometric.data import Batch, HeteroData
+    from torch_geometric.data import Batch, Data, HeteroData
     from torch_geometric.nn import norm as pyg
 except Exception as error:  # a broken install fails in many ways
     raise ImportError(
@@ -78,6 +78,9 @@ def partition(data: Any, of: str = "nodes") -> Any:
         raise SpecError(
             say("a partition is one of nodes or of edges", received=f"of={shown(of)}", instead='of="nodes"')
         )
+    if not isinstance(data, (Data, HeteroData)):
+        received, instead = shown(data), "Partition(batch) for a batch vector, Partition.from_offsets(ptr) for a ptr"
+        raise SpecError(say("a partition is made of a PyG Batch or Data", received=received, instead=instead))
     count = data.num_graphs if isinstance(data, Batch) else None
     if isinstance(data, HeteroData):
         nodes = {kind: _of_nodes(store, count) for kind, store in data.node_items()}
@@ -106,7 +109,7 @@ def _of_edges(store: Any, nodes: Partition) -> Partition:
 class _OfGraphs(Norm):
     """What the norms that read `batch[v]` share: how it comes to them."""
 
-    _looked = False
+    _looks = 0  # calls without batch at which a batch was looked for
 
     def _graphs(
         self, x: Tensor, batch: Label | None, count: int | None, *, also: str | None = None, told: str = "batch_size"
@@ -122,25 +125,26 @@ class _OfGraphs(Norm):
             return Partition(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
         self._check_recomputation(True)
         try:
-            return _read(x, around[given_name], count, given_name, told)
+            return _read(x, around[given_name], None if given_name == also else count, given_name, told)
         except (SpecError, ShapeError) as error:
             raise type(error)(f"{error}\n  in:       {self}, inside of given({', '.join(around)})") from None
 
     def _look_for_a_batch(self, x: Tensor) -> None:
-        """Warns, at the first call without batch, if a caller holds one of several graphs for the very rows of x.
+        """Warns once, at one of the first calls without batch, if a caller holds one of several graphs for these rows.
 
         Some modules (DeepGCNLayer, nn.Sequential) do not hand batch on, and no error would say so. Who has one graph
         has no such batch, and hears nothing.
         """
-        if self._looked or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if self._looks >= 2 or not readable(x):  # a dry run, and the first batch
             return
-        self._looked = True
+        self._looks += 1
         frame: FrameType | None = sys._getframe(2)
         level = 3
         while frame is not None:
             for name, value in frame.f_locals.items():
                 count = _graphs_in(name, value, x)
                 if count > 1:
+                    self._looks = 2
                     kind = type(self).__name__
                     warnings.warn(
                         f"{kind} got no batch, though {frame.f_code.co_name} has {name!r} of {count} graphs for the "
@@ -183,17 +187,20 @@ def _read(x: Tensor, batch: Any, count: int | None, name: str, told: str) -> Par
 
 def _graphs_in(name: str, value: object, x: Tensor) -> int:
     """Of how many graphs the rows of x are, if this local variable of a caller says so."""
-    if isinstance(value, Batch):
-        found = [store.get("batch") for store in value.node_stores]
+    if issubclass(type(value), Batch):  # isinstance would ask the object, which may be a dead proxy
+        found = [store.get("batch") for store in value.node_stores]  # type: ignore[attr-defined]
     else:
         found = [value] if name == "batch" else []
     for ids in found:
         if isinstance(ids, (Tensor, Partition)) and ids.shape == x.shape[:1]:
             if isinstance(ids, Partition):
                 return ids.count
-            if ids.numel() and not ids.is_floating_point():
-                return int(ids.max()) + 1
+            if ids.dtype in _IDS and readable(ids) and len(set(ids.tolist())) < ids.numel():
+                return int(ids.max()) + 1  # all apart: numbers of nodes, not of their graphs
     return 0
+
+
+_IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 # --- group norms, which PyG lacks ------------------------------------------------------------------------------------

@@ -143,8 +143,8 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
             mask: bool (which pixels there are) or floating (weights), (N, *spatial), or of size 1 along an axis.
             moments: statistics to use instead of x's own, (N, num_groups).
         """
-        shape = input.shape
-        if moments is None and shape.numel() == self.num_groups == self.num_channels:
+        shape = getattr(input, "shape", torch.Size())
+        if moments is None and shape and shape.numel() == self.num_groups == self.num_channels:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
         return super().forward(input, mask, moments=moments)
 

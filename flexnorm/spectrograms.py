@@ -269,6 +269,10 @@ class MelBandNorm(Norm):
         _check(x, self._sizes["f"])
         return super().forward(x, _frames(x, lengths, mask), moments=moments)
 
+    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> Tensor:
+        # not in forward: a mask may be given from around
+        return super()._normalize(x, _frames(x, None, mask), *others)
+
 
 _AXES = {"channel": "c", "frequency": "f", "band": "band[f]"}
 
@@ -318,7 +322,7 @@ class CepstralNorm(Norm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if mode not in _MODES:
+        if not isinstance(mode, str) or mode not in _MODES:
             received, instead = f"mode={shown(mode)}", 'mode="utterance"'
             raise SpecError(say(f"mode is one of {', '.join(map(repr, _MODES))}", received=received, instead=instead))
         if mode == "fixed" and num_features is None:
@@ -367,6 +371,10 @@ class CepstralNorm(Norm):
             raise ShapeError(
                 say("statistics are fitted on frames", received=received, instead="batches that hold some")
             )
+        if not bool((total.mean.isfinite() & total.var.isfinite()).all()):
+            bad = (~(total.mean.isfinite() & total.var.isfinite())).nonzero().flatten().tolist()
+            received, instead = f"features {shown(bad)} that are not", "x.clamp(min=-100), say, for the log of silence"
+            raise ShapeError(say("statistics are fitted on finite values", received=received, instead=instead))
         self.running_mean.copy_(total.mean)
         self.running_var.copy_(total.var)
         return self
@@ -393,7 +401,7 @@ class CepstralNorm(Norm):
         moments: Moments | None,
         dynamic: Mapping[str, Any],
     ) -> Tensor:
-        # not in forward: a mask may be given from around
+        mask = _frames(x, None, mask)  # not in forward alone: a mask may be given from around
         if self.mode == "cumulative":
             moments = _cumulative(moments_of(x, _MODES["cumulative"], mask))
         elif self.mode == "fixed":

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 
 import oracle
 import pytest
@@ -879,3 +880,46 @@ def test_without_pyg_the_import_names_the_install_line():
 def test_they_are_norms():
     for make in EVERY:
         assert isinstance(make(), Norm)
+
+
+# --- what a review found ---
+
+
+def test_a_number_of_graphs_says_nothing_about_groups_from_around():
+    """PyG's models pass batch_size on, and it is not the number of communities."""
+    x, batch, groups = torch.randn(6, 4), torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2, 3, 4, 4])
+    norm = FeatureGroupNorm(4)
+    with given(groups=groups):
+        y = norm(x, batch=batch, batch_size=2)
+    torch.testing.assert_close(y, norm(x, groups=groups))
+
+
+def test_the_search_for_a_batch_never_raises_and_knows_numbers_of_nodes():
+    class Gone:
+        pass
+
+    gone = Gone()
+    dead = weakref.proxy(gone)
+    del gone
+    x = torch.randn(10, 4)
+    GraphNorm(4)(x)
+    for batch in torch.arange(40).split(10):  # a mini-batch of nodes of one graph
+        GraphNorm(4)(torch.randn(40, 4)[batch])
+    for batch in (torch.tensor([True, False] * 5), torch.zeros(10, dtype=torch.complex64), torch.empty(10).to("meta")):
+        GraphNorm(4)(x)
+        assert batch.shape == x.shape[:1]
+    assert type(dead) is weakref.ProxyType
+
+
+def test_a_first_call_of_one_graph_does_not_end_the_search():
+    norm = GraphNorm(4)
+    norm(torch.randn(5, 4))
+    batch = torch.tensor([0, 0, 1, 1, 1, 2])
+    with pytest.warns(UserWarning, match="'batch' of 3 graphs"):
+        norm(torch.randn(batch.numel(), 4))
+
+
+@pytest.mark.parametrize("data", [None, torch.zeros(3, dtype=torch.long)])
+def test_a_partition_of_no_data(data):
+    with pytest.raises(SpecError, match="PyG Batch or Data"):
+        partition(data)

@@ -480,3 +480,27 @@ def test_bad_input_says_the_rule_what_was_received_and_what_to_type(call, kind, 
     assert isinstance(caught.value, ValueError)
     for text in (*texts, "received: ", "instead: "):
         assert text in str(caught.value)
+
+
+# --- what a review found ---
+
+
+@pytest.mark.parametrize("norm", [MelBandNorm(2, 6), CepstralNorm(), CepstralNorm("cumulative")])
+def test_a_mask_from_around_is_read_as_one_that_is_passed(norm):
+    x, mask = torch.randn(2, 6, 10), torch.arange(10) < torch.tensor([[10], [5]])
+    expected = norm(x, mask=mask)
+    for same in (mask, mask.long(), mask[:, None]):
+        with given(mask=same):
+            assert torch.equal(norm(x), expected)
+    with pytest.raises(SpecError), given(mask=mask.float()):
+        norm(x)
+
+
+def test_fit_refuses_what_is_not_finite_and_keeps_what_it_had():
+    norm, x = CepstralNorm("fixed", 3), torch.randn(2, 3, 5)
+    norm.fit([x])
+    before = norm.running_mean.clone()
+    x[0, 1, 0] = -torch.inf  # the log of silence
+    with pytest.raises(ShapeError, match=r"features \[1\]"):
+        norm.fit([x])
+    assert torch.equal(norm.running_mean, before)
