@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -101,6 +102,16 @@ def hz_bands(
         raise SpecError(
             say(rule, received=received, instead="n_mels=80 after MelSpectrogram, n_freqs=201 after an STFT")
         )
+    for name, value in (("sample_rate", sample_rate), ("f_min", f_min), ("f_max", f_max)):
+        least = 1 if name == "sample_rate" else 0
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < math.inf
+        if not number and not (name == "f_max" and value is None):
+            rule, received = f"{name} is a number of Hz, {least} or more", f"{name}={shown(value)}"
+            raise SpecError(say(rule, received=received, instead="sample_rate=16000, f_min=0, f_max=8000, say"))
+    numbers = isinstance(edges, (list, tuple)) and all(isinstance(edge, (int, float)) for edge in edges)
+    if not numbers and not isinstance(edges, Tensor):
+        rule, received = "edges are numbers of Hz: a list or a tensor", f"edges={shown(edges)}"
+        raise SpecError(say(rule, received=received, instead="edges=[300, 1000, 3000], say"))
     if n_freqs is not None:
         centers = torch.linspace(0, sample_rate / 2, whole(n_freqs, "n_freqs", 1))
         low, high = 0.0, sample_rate / 2
@@ -108,6 +119,9 @@ def hz_bands(
         # torchaudio has the filters and not their peaks: these are read off at every whole Hz
         grid = int(sample_rate) // 2 + 1
         filters = _filters(grid, whole(n_mels, "n_mels", 1), sample_rate, f_min, f_max, mel_scale)
+        if not bool((filters > 0).any(0).all()):
+            rule, received = "filters are as wide as 1 Hz, or their peaks cannot be read off", f"n_mels={n_mels}"
+            raise ShapeError(say(rule, received=received, instead=f"n_mels=80, say"))
         centers = filters.argmax(0).float()
         low, high = f_min, sample_rate / 2 if f_max is None else f_max
     edges = torch.as_tensor(edges, dtype=torch.float32, device="cpu")

@@ -504,3 +504,22 @@ def test_fit_refuses_what_is_not_finite_and_keeps_what_it_had():
     with pytest.raises(ShapeError, match=r"features \[1\]"):
         norm.fit([x])
     assert torch.equal(norm.running_mean, before)
+
+
+@pytest.mark.parametrize("edges", ["abc", ["a"], None, 300.0])
+def test_edges_are_numbers(edges):
+    with pytest.raises(SpecError, match="edges are numbers of Hz"):
+        hz_bands(edges, sample_rate=16000, n_freqs=201)
+
+
+@pytest.mark.parametrize("sample_rate", ["a", None, math.inf, math.nan, 0, -1])
+@pytest.mark.parametrize("axis", [{"n_freqs": 201}, {"n_mels": 80}])
+def test_a_sample_rate_is_a_number_above_zero(sample_rate, axis):
+    with pytest.raises(SpecError, match="sample_rate is a number of Hz"):
+        hz_bands([300.0], sample_rate=sample_rate, **axis)
+
+
+@pytest.mark.filterwarnings("ignore:At least one mel filterbank has all zero values")
+def test_filters_too_narrow_to_be_read():
+    with pytest.raises(ShapeError, match="as wide as 1 Hz"):
+        hz_bands([300.0], sample_rate=16000, n_mels=8000)
