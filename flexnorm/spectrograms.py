@@ -121,7 +121,7 @@ def hz_bands(
         filters = _filters(grid, whole(n_mels, "n_mels", 1), sample_rate, f_min, f_max, mel_scale)
         if not bool((filters > 0).any(0).all()):
             rule, received = "filters are as wide as 1 Hz, or their peaks cannot be read off", f"n_mels={n_mels}"
-            raise ShapeError(say(rule, received=received, instead=f"n_mels=80, say"))
+            raise ShapeError(say(rule, received=received, instead="n_mels=80, say"))
         centers = filters.argmax(0).float()
         low, high = f_min, sample_rate / 2 if f_max is None else f_max
     edges = torch.as_tensor(edges, dtype=torch.float32, device="cpu")
