@@ -1,198 +1,405 @@
 """Rows and columns: the one form in which a kernel sees every tensor under every pattern.
 
-The axes of x, in the order of the memory, are cut once: the outer ones are flattened to rows, the inner, contiguous
-ones to columns. Then, with small tables that are never expanded to the size of x,
+The axes of x, in the order of the memory, are cut once: the inner, contiguous ones are flattened to columns, the outer
+ones are walked as rows. Rows fall into *closed ranges*, which share no set with any other range: one for each choice of
+indices on the kept row axes (`outer`) and each group of a label that reads row axes (`segments`). Within a range,
 
-    set(r, k)    = set.row[r]    + set.column[set.block[r], k]
-    param(r, k)  = param.row[r]  + param.column[param.block[r], k]
-    weight(r, k) = weight.row[r] * weight.column[weight.block[r], k]
+    set(row, k)   = sets of the range + sets.offsets[sets.table[block(row), k]]
+    param(row, k) = param(row) + params.table[block(row), k]
+    mask(row, k)  = mask(row) + mask.table[k]
 
-A part that depends on rows alone, or on columns alone, lies in the row or the column table; what depends on both, as
-`region[n h w]` does or the mask of `"b (g c) t, b t -> b g"`, has a column table for each *block* of rows that share
-it. Rows fall into closed ranges, which share no set with any other range.
+where what depends on the row is a sum of steps along its axes, so that no table is as large as x, and dense patterns
+need none: along the columns most operands are constant or lie side by side with x.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .partition import Partition
-from .sets import Sets
+from .sets import Sets, strides_of
+from .spec import Lookup
 
-Term = tuple[tuple[int, ...], Tensor]  # a tensor over some axes (ascending)
+Kind = Literal["one", "each", "table"]
 
-
-@dataclass(frozen=True, eq=False)
-class Table:
-    """A number for every element: `combine(row[r], column[block[r], k])`; a part that is None says nothing."""
-
-    row: Tensor | None  # [rows]
-    column: Tensor | None  # [blocks, columns]
-    block: Tensor | None  # [rows], None where there is one block
-
-    def expand(self, rows: int, columns: int, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The whole table, [rows, columns]: for tests and pictures, no kernel does this."""
-        whole = None if self.row is None else self.row[:, None].expand(rows, columns)
-        if self.column is not None:
-            column = self.column.expand(rows, columns) if self.block is None else self.column[self.block]
-            whole = column if whole is None else combine(whole, column)
-        return torch.zeros(rows, columns, dtype=torch.int64) if whole is None else whole
+# Work per element, in units of one vectorized pass over it. They only rank cuts, so their ratios matter.
+ROW = 10.0  # to begin a row
+SHORT_RUN = 3.0  # to sum runs of columns too short for a vector, where too few rows share the columns
+LONG = 16  # columns that fill a vector
+RUN = 4.0  # to begin a run of columns
+WIDE = 4096  # columns whose sums leave the first cache
+MANY = 4  # rows that pay for a sum per column
+ENTRY = 0.5  # to read an entry of a table, of which a tenth is left however many rows share it
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Where the axes of x are cut into rows and columns.
+class Dim:
+    """An axis of rows: its size, and how far one step along it goes in x, y and each operand, in elements."""
+
+    size: int
+    x: int = 0
+    y: int = 0
+    set: int = 0
+    mask: int = 0
+    param: int = 0
+    set_block: int = 0
+    param_block: int = 0
+    param_label: int = 0  # in `Form.param_label`
+
+    def joins(self, inner: Dim) -> bool:
+        """Whether this axis and the one inside of it are one axis for every operand."""
+        steps = [f.name for f in fields(self) if f.name != "size"]
+        return all(getattr(self, step) == getattr(inner, step) * inner.size for step in steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Column:
+    """How an operand depends on the column: it is one for all, lies side by side with x, or stands in a table."""
+
+    kind: Kind
+    table: Tensor | None = None  # [blocks, columns], int32
+    count: int = 1  # of sets that the columns of a range meet
+    offsets: Tensor | None = None  # [count]: the set of each, from that of the range; None: 0, 1, 2, ...
+
+
+ONE = Column("one")
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Row axes that labels consume: their elements, group by group.
 
     Attributes:
-        rows, columns: the axes (places of the elementary view) in the order of the memory.
-        copied: no axis of x has stride 1, or x overlaps itself: a kernel needs one contiguous copy.
+        axes: the axes, elements counted in this order; `size` of all is the number of elements.
+        order: the elements sorted by group, None if they are. [size]
+        offsets: where each group begins in `order`, and the end of the last. [groups + 1]
+        sets: where the sets of each group begin; None: one `step` from group to group. [groups]
     """
 
-    sizes: tuple[int, ...]
-    strides: tuple[int, ...]
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    copied: bool
+    axes: tuple[Dim, ...]
+    order: Tensor | None
+    offsets: Tensor
+    step: int
+    sets: Tensor | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self._size(self.rows), self._size(self.columns)
+    def groups(self) -> int:
+        return self.offsets.numel() - 1
 
-    def _size(self, axes: Iterable[int]) -> int:
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A tensor under a pattern, as rows and columns.
+
+    Attributes:
+        columns: number of columns, which lie side by side in x and in y.
+        outer: kept axes of rows: a closed range for each choice of indices, times the groups of `segments`.
+        segments: row axes that labels consume.
+        inner: pooled axes of rows.
+        segments_at: the place of `segments` among `outer` (groups) and among `inner` (elements), outermost is 0.
+        sets, mask, params: how these depend on the column.
+        param_label: numbers that labels add to the parameter of a row, read at the steps `param_label`.
+        injective: within a range every element has a parameter of its own.
+        copied: x has no contiguous axis, or overlaps itself: kernels need a copy with the strides of y.
+    """
+
+    columns: int
+    outer: tuple[Dim, ...]
+    segments: Segments | None
+    inner: tuple[Dim, ...]
+    segments_at: tuple[int, int]
+    sets: Column
+    mask: Column
+    params: Column
+    param_label: Tensor | None
+    injective: bool
+    copied: bool
+
+    @cached_property
+    def ranges(self) -> int:
+        return math.prod(dim.size for dim in self.outer) * (1 if self.segments is None else self.segments.groups)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of one range, of all groups together where there are segments."""
+        members = 1 if self.segments is None else math.prod(dim.size for dim in self.segments.axes)
+        return math.prod(dim.size for dim in self.inner) * members
+
+
+def canonical(
+    x: tuple[int, ...], y: tuple[int, ...], sets: Sets, mask: Sets | None = None, params: Sets | None = None
+) -> Form:
+    """The form of a tensor with these strides in the elementary view; y are those of the result, without gaps.
+
+    Sets are numbered as in the internal shape; mask and parameters are contiguous as their expressions write them.
+    """
+    return _Cutter(x, y, sets, mask, params).best()
+
+
+@dataclass(frozen=True, eq=False)
+class _Label:
+    """What a label adds: the ids over some axes (ascending), times the step."""
+
+    axes: tuple[int, ...]
+    ids: Tensor
+    count: int
+    step: int
+
+
+class _Operand:
+    """The place of an element in a tensor over some sets, as a sum: of steps along axes, and of what labels add."""
+
+    def __init__(self, sets: Sets, steps: Mapping[int | Lookup, int]) -> None:
+        axes = sets.axes
+        self.steps = [steps.get(place, 0) for place in range(axes.rank)]
+        self.labels = []
+        for term, step in steps.items():
+            if isinstance(term, Lookup):
+                label, read = sets.labels[term.label], axes.places(term.axes)
+                ids = label.ids.permute(sorted(range(len(read)), key=read.__getitem__))
+                self.labels.append(_Label(tuple(sorted(read)), ids, label.count, step))
+
+
+class _Cutter:
+    """Tries every place between rows and columns, and makes the form of the best."""
+
+    def __init__(
+        self, x: tuple[int, ...], y: tuple[int, ...], sets: Sets, mask: Sets | None, params: Sets | None
+    ) -> None:
+        self.source = sets
+        self.sets = _Operand(sets, sets.internal_steps)
+        self.mask, self.params = (None if s is None else _Operand(s, s.written_steps) for s in (mask, params))
+        self.sizes = sets.axes.sizes
+        read = {axis for operand in self.operands for label in operand.labels for axis in label.axes}
+        self.order = [a for a in memory_order(self.sizes, y) if self.sizes[a] != 1 or a in read]
+        self.copied = not _dense_inside(self.sizes, x, self.order)
+        self.x, self.y = (y if self.copied else x), y
+
+    @property
+    def operands(self) -> list[_Operand]:
+        return [operand for operand in (self.sets, self.mask, self.params) if operand is not None]
+
+    def best(self) -> Form:
+        inner = len(self.order)
+        expected = 1
+        while inner and self.contiguous(self.order[inner - 1], expected):
+            inner -= 1
+            expected *= self.sizes[self.order[inner]]
+        places = range(inner, max(inner + 1, len(self.order)))
+        return self.form(min(places, key=lambda place: (self.cost(place), place)))
+
+    def contiguous(self, axis: int, step: int) -> bool:
+        return self.sizes[axis] == 1 or self.x[axis] == step == self.y[axis]
+
+    def size(self, axes: Iterable[int]) -> int:
         return math.prod(self.sizes[axis] for axis in axes)
 
-    def row_offsets(self) -> Tensor:
-        """Where every row begins in the storage of x, in elements: [rows]."""
-        offsets = torch.zeros((), dtype=torch.int64)
-        for axis in self.rows:
-            offsets = offsets[..., None] + torch.arange(self.sizes[axis]) * self.strides[axis]
-        return offsets.reshape(-1)
+    def cost(self, place: int) -> float:
+        """Work per element, beside the passes over x that all cuts share."""
+        rows, columns = self.order[:place], self.order[place:]
+        width, total = self.size(columns), max(1, self.size(self.order))
+        work = ROW / max(1, width)
+        consumed, groups = self.consumed(rows, columns)
+        pooled = [axis for axis in rows if axis not in consumed and not self.sets.steps[axis]]
+        share = self.size(pooled) * max(1, self.size(consumed) // max(1, groups))  # rows of a range
+        run = 1
+        for axis in reversed(columns):
+            if self.sets.steps[axis] or any(axis in label.axes for label in self.sets.labels):
+                break
+            run *= self.sizes[axis]
+        if run < min(LONG, width) and share < MANY:
+            work += SHORT_RUN
+        for operand in self.operands:
+            kind = self.kind(operand, columns)
+            work += ENTRY * 0.1 * (kind != "one" and width > WIDE)
+            if kind == "table":
+                blocks = self.blocks(operand, rows, columns)
+                work += ENTRY * self.size(blocks) * width / total + len(blocks)
+                work += RUN / run if operand is self.sets and run >= LONG else ENTRY * max(0.1, 1 / max(1, share))
+        return work
 
-    def indices(self, sets: Sets) -> Table:
-        """The set, or the parameter, of every element: a number below `sets.count`, counting the internal shape."""
-        steps = _steps(sets.internal_shape)
-        terms: list[Term] = [((place,), torch.arange(self.sizes[place]) * steps[place]) for place in sorted(sets.kept)]
-        for merge in sets.merges:
-            ids = merge.ids.reshape([self.sizes[place] for place in merge.places])
-            terms.append((merge.places, ids * steps[merge.places[0]]))
-        return self._table(terms)
+    def form(self, place: int) -> Form:
+        rows, columns = self.order[:place], self.order[place:]
+        consumed, _ = self.consumed(rows, columns)
+        set_blocks, param_blocks = (
+            [] if operand is None else self.blocks(operand, rows, columns) for operand in (self.sets, self.params)
+        )
+        label_axes, param_label = self.param_label(columns)
+        steps = {
+            "x": self.x,
+            "y": self.y,
+            "set": self.sets.steps,
+            "mask": None if self.mask is None else self.mask.steps,
+            "param": None if self.params is None else self.params.steps,
+            "set_block": self.steps_in(set_blocks),
+            "param_block": self.steps_in(param_blocks),
+            "param_label": self.steps_in(label_axes),
+        }
+        dims = {
+            axis: Dim(self.sizes[axis], **{name: s[axis] for name, s in steps.items() if s is not None})
+            for axis in rows
+        }
+        outer = [axis for axis in rows if self.sets.steps[axis] and axis not in consumed]
+        inner = [axis for axis in rows if not self.sets.steps[axis] and axis not in consumed]
+        walks: list[tuple[Dim, ...]] = []
+        at: list[int] = []
+        for group in (outer, inner):
+            before = [axis for axis in group if consumed and rows.index(axis) < rows.index(consumed[0])]
+            parts = [_joined([dims[axis] for axis in part]) for part in (before, group[len(before) :])]
+            walks.append((*parts[0], *parts[1]))
+            at.append(len(parts[0]))
+        within = [axis for axis in (*inner, *consumed, *columns) if self.sizes[axis] != 1]
+        return Form(
+            columns=self.size(columns),
+            outer=walks[0],
+            segments=self.segments(consumed, columns, dims) if consumed else None,
+            inner=walks[1],
+            segments_at=(at[0], at[1]),
+            sets=self.set_column(columns, set_blocks),
+            mask=ONE if self.mask is None else self.column(self.mask, columns, []),
+            params=ONE if self.params is None else self.column(self.params, columns, param_blocks),
+            param_label=param_label,
+            injective=self.params is not None and all(self.params.steps[axis] for axis in within),
+            copied=self.copied,
+        )
 
-    def weights(self, mask: Sets, values: Tensor) -> Table:
-        """The weight of every element, for a mask as the pattern writes it."""
-        axes = tuple(sorted(mask.kept))
-        return self._table([(axes, mask.inward(values).reshape([self.sizes[axis] for axis in axes]))])
+    # --- rows
 
-    def _table(self, terms: list[Term]) -> Table:
-        """The sum of the terms."""
-        blocks = self._blocks(axes for axes, _ in terms)
-        row: Tensor | None = None
-        column: Tensor | None = None
-        for axes, value in terms:
-            if set(axes) <= set(self.rows):
-                value = self._over(self.rows, axes, value)
-                row = value if row is None else row + value
-            else:
-                value = self._over((*blocks, *self.columns), axes, value)
-                column = value if column is None else column + value
-        if row is not None:
-            row = self._flat(row, self.rows)
-        if column is not None:
-            column = self._flat(column, (*blocks, *self.columns)).reshape(-1, self.shape[1])
-        return Table(row, column, self._block_of_row(blocks))
+    def consumed(self, rows: Sequence[int], columns: Sequence[int]) -> tuple[list[int], int]:
+        """The axes of rows that are visited by the groups of labels, which read rows alone; and how many groups."""
+        labels = [label for label in self.sets.labels if not set(label.axes) & set(columns)]
+        axes = [axis for axis in rows if any(axis in label.axes for label in labels)]
+        kept = self.size(axis for axis in axes if self.sets.steps[axis])
+        return axes, kept * math.prod(label.count for label in labels)
 
-    def closed_ranges(self, sets: Sets) -> Tensor:
-        """Where every closed range of rows begins, and the end of the last: [ranges + 1].
+    def segments(self, consumed: list[int], columns: list[int], dims: Mapping[int, Dim]) -> Segments:
+        axes = sorted(consumed)
+        terms = [self.term(axis, self.sets) for axis in axes if self.sets.steps[axis]]
+        labels = [label for label in self.sets.labels if not set(label.axes) & set(columns)]
+        terms += [(label.axes, label.ids, label.count, label.step) for label in labels]
+        walk = tuple(dims[axis] for axis in axes)
+        if len(terms) == 1:
+            lookups = [
+                term
+                for term in self.source.expr.lookups()
+                if not set(self.source.axes.places(term.axes)) & set(columns)
+            ]
+            label = self.source.labels[lookups[0].label]
+            if self.source.axes.places(lookups[0].axes) == tuple(axes):  # and not turned
+                return Segments(walk, None if label.is_sorted else label.order, label.offsets, labels[0].step)
+        device = labels[0].ids.device
+        ids = torch.zeros([1] * len(axes), dtype=torch.int64, device=device)
+        sets = torch.zeros((), dtype=torch.int64, device=device)
+        for read, value, count, step in terms:
+            ids = ids * count + self.over(axes, read, value.to(device))
+            sets = (sets[..., None] + torch.arange(count, device=device) * step).reshape(-1)
+        part = Partition._made(ids.expand([self.sizes[a] for a in axes]).reshape(-1), sets.numel())
+        return Segments(walk, None if part.is_sorted else part.order, part.offsets, 0, sets)
 
-        For an outermost axis that a label consumes alone, rows are to be visited in the order of `visit`.
-        """
-        if (label := self._outer_label(sets)) is not None:
-            return label.offsets * self._size(self.rows[1:])
-        outer = 0
-        while outer < len(self.rows) and self.rows[outer] in sets.kept:
-            outer += 1
-        ranges = self._size(self.rows[:outer])
-        return torch.arange(ranges + 1) * self._size(self.rows[outer:])
+    def param_label(self, columns: Sequence[int]) -> tuple[list[int], Tensor | None]:
+        """What labels that read rows alone add to the parameter of a row, and the axes of that table."""
+        labels = [] if self.params is None else self.params.labels
+        labels = [label for label in labels if not set(label.axes) & set(columns)]
+        axes = sorted({axis for label in labels for axis in label.axes})
+        if not labels:
+            return [], None
+        table = sum((self.over(axes, label.axes, label.ids * label.step) for label in labels), torch.tensor(0))
+        return axes, table.expand([self.sizes[a] for a in axes]).reshape(-1).contiguous()
 
-    def visit(self, sets: Sets) -> Tensor | None:
-        """The order of rows in which every closed range is one run; None for that of the memory."""
-        label = self._outer_label(sets)
-        if label is None or label.is_sorted:
-            return None
-        inner = self._size(self.rows[1:])
-        return (label.order[:, None] * inner + torch.arange(inner, device=label.device)).reshape(-1)
+    def blocks(self, operand: _Operand, rows: Sequence[int], columns: Sequence[int]) -> list[int]:
+        """Axes of rows that are read by labels that read columns too."""
+        spanning = {axis for label in operand.labels if set(label.axes) & set(columns) for axis in label.axes}
+        return [axis for axis in rows if axis in spanning]
 
-    def _outer_label(self, sets: Sets) -> Partition | None:
-        """The Partition of the outermost axis, if one label consumes that axis alone."""
-        for merge in sets.merges:
-            if self.rows and merge.places == self.rows[:1] and len(merge.terms) == 1:
-                term = merge.terms[0]
-                assert not isinstance(term, int)
-                return sets.labels[term.label]
-        return None
+    def steps_in(self, axes: Sequence[int]) -> list[int]:
+        """Steps in a contiguous tensor over these axes, for every axis."""
+        own = dict(zip(axes, strides_of([self.sizes[axis] for axis in axes]), strict=True))
+        return [own.get(axis, 0) for axis in range(len(self.sizes))]
 
-    def _blocks(self, terms: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-        """The row axes of what depends on rows and columns at once."""
-        spanning = {axis for axes in terms if not set(axes) <= set(self.rows) for axis in axes}
-        return tuple(axis for axis in self.rows if axis in spanning)
+    # --- columns
 
-    def _block_of_row(self, block_axes: tuple[int, ...]) -> Tensor | None:
-        if not block_axes:
-            return None
-        steps = dict(zip(block_axes, _steps([self.sizes[a] for a in block_axes]), strict=True))
-        block = torch.zeros((), dtype=torch.int64)
-        for axis in self.rows:
-            block = block[..., None] + torch.arange(self.sizes[axis]) * steps.get(axis, 0)
-        return block.reshape(-1)
+    def kind(self, operand: _Operand, columns: Sequence[int]) -> Kind:
+        if any(set(label.axes) & set(columns) for label in operand.labels):
+            return "table"
+        real = [axis for axis in columns if self.sizes[axis] != 1]
+        steps = [operand.steps[axis] for axis in real]
+        if not any(steps):
+            return "one"
+        return "each" if steps == strides_of([self.sizes[axis] for axis in real]) else "table"
 
-    def _over(self, wanted: tuple[int, ...], axes: tuple[int, ...], value: Tensor) -> Tensor:
+    def column(self, operand: _Operand, columns: list[int], blocks: list[int]) -> Column:
+        kind = self.kind(operand, columns)
+        if kind != "table":
+            return Column(kind)
+        table, _, _ = self.table(operand, columns, blocks, compact=False)
+        return Column(kind, table)
+
+    def set_column(self, columns: list[int], blocks: list[int]) -> Column:
+        kind = self.kind(self.sets, columns)
+        if kind != "table":
+            return Column(kind, None, self.size(columns) if kind == "each" else 1)
+        table, count, offsets = self.table(self.sets, columns, blocks, compact=True)
+        return Column(kind, table, count, offsets)
+
+    def table(
+        self, operand: _Operand, columns: list[int], blocks: list[int], *, compact: bool
+    ) -> tuple[Tensor, int, Tensor | None]:
+        """What the columns add to the place of an element: [blocks, columns]. If `compact`, numbered from 0 to a count,
+        with the place of each."""
+        over = [*blocks, *columns]
+        terms = [self.term(axis, operand) for axis in columns if operand.steps[axis]]
+        labels = [label for label in operand.labels if set(label.axes) & set(columns)]
+        terms += [(label.axes, label.ids, label.count, label.step) for label in labels]
+        device = labels[0].ids.device if labels else None
+        table = torch.zeros([1] * len(over), dtype=torch.int64, device=device)
+        places = torch.zeros((), dtype=torch.int64, device=device)
+        for read, value, count, step in terms:
+            value = self.over(over, read, value.to(device or "cpu"))
+            table = table * count + value if compact else table + value * step
+            if compact:
+                places = (places[..., None] + torch.arange(count, device=device) * step).reshape(-1)
+        table = table.expand([self.sizes[axis] for axis in over]).reshape(-1, self.size(columns))
+        if compact and places.numel() > max(1024, 4 * table.shape[1]):  # of many values few are met
+            met, table = torch.unique(table, return_inverse=True)
+            places = places[met]
+        straight = len(terms) == 1 and terms[0][3] == 1 and places.numel() == terms[0][2]
+        return table.to(torch.int32).contiguous(), places.numel(), None if straight else places
+
+    def term(self, axis: int, operand: _Operand) -> tuple[tuple[int, ...], Tensor, int, int]:
+        """What one axis adds to a place, like a label that counts along it: axes, ids, count and step."""
+        return (axis,), torch.arange(self.sizes[axis]), self.sizes[axis], operand.steps[axis]
+
+    def over(self, wanted: Sequence[int], axes: Sequence[int], value: Tensor) -> Tensor:
         """A value over `axes` (ascending), as one that broadcasts over the axes `wanted`."""
         present = [axis for axis in wanted if axis in axes]
-        value = value.permute([axes.index(axis) for axis in present])
+        value = value.reshape([self.sizes[axis] for axis in axes]).permute([list(axes).index(axis) for axis in present])
         return value.reshape([self.sizes[axis] if axis in axes else 1 for axis in wanted])
 
-    def _flat(self, value: Tensor, axes: tuple[int, ...]) -> Tensor:
-        return value.expand([self.sizes[axis] for axis in axes]).reshape(-1)
+
+# --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def cut(sizes: tuple[int, ...], strides: tuple[int, ...], *operands: Sets | None) -> Cut:
-    """Cuts where the tables of these operands (sets, mask, parameters) are smallest; among equals, columns are long."""
-    order = memory_order(sizes, strides)
-    copied = not _dense_inside(sizes, strides, order)
-    if copied:
-        strides, order = tuple(_steps(sizes)), list(range(len(sizes)))
-    inner = len(order)
-    expected = 1
-    while inner and (sizes[order[inner - 1]] == 1 or strides[order[inner - 1]] == expected):
-        inner -= 1
-        expected *= sizes[order[inner]]
-    cuts = [
-        Cut(sizes, strides, tuple(order[:place]), tuple(order[place:]), copied)
-        for place in range(inner, len(order) + (not order))
-    ]
-    return min(cuts, key=lambda c: _entries(c, operands))
-
-
-def _entries(c: Cut, operands: Iterable[Sets | None]) -> int:
-    """How many numbers the tables of this cut hold."""
-    rows, columns = c.shape
-    entries = 0
-    for sets in operands:
-        if sets is None:
+def _joined(dims: Sequence[Dim]) -> list[Dim]:
+    """The same walk with fewer axes."""
+    joined: list[Dim] = []
+    for dim in dims:
+        if dim.size == 1:
             continue
-        terms = [(place,) for place in sets.kept] + [merge.places for merge in sets.merges]
-        terms = [axes for axes in terms if any(c.sizes[axis] != 1 for axis in axes)]
-        inside = [set(axes) <= set(c.rows) for axes in terms]
-        blocks = c._size(c._blocks(terms))
-        entries += rows * any(inside) + (blocks * columns + rows * (blocks > 1)) * (not all(inside))
-    return entries
+        if joined and joined[-1].joins(dim):
+            joined[-1] = replace(dim, size=joined[-1].size * dim.size)
+        else:
+            joined.append(dim)
+    return joined
 
 
-def _dense_inside(sizes: tuple[int, ...], strides: tuple[int, ...], order: list[int]) -> bool:
+def _dense_inside(sizes: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
     real = [axis for axis in order if sizes[axis] != 1]
     return not real or (strides[real[-1]] == 1 and all(strides[axis] != 0 for axis in real))
 
@@ -203,13 +410,3 @@ def memory_order(sizes: Iterable[int], strides: Iterable[int]) -> list[int]:
     if any(stride == 0 and size > 1 for size, stride in shape):  # expanded: copies are contiguous
         return list(range(len(shape)))
     return sorted(range(len(shape)), key=lambda axis: -shape[axis][1])
-
-
-def _steps(sizes: Iterable[int]) -> list[int]:
-    """Strides of a contiguous tensor."""
-    steps: list[int] = []
-    step = 1
-    for size in reversed(list(sizes)):
-        steps.append(step)
-        step *= size
-    return steps[::-1]

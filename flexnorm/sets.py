@@ -10,7 +10,7 @@ values. So dense patterns are plain broadcasting, and a label costs one `index_a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -80,6 +80,23 @@ class Sets:
     def count(self) -> int:
         """Number of sets, empty ones included."""
         return math.prod(self.internal_shape)
+
+    @cached_property
+    def internal_steps(self) -> dict[int | Lookup, int]:
+        """How far one more of an axis or a label goes in a contiguous tensor of the internal shape."""
+        strides = strides_of(self.internal_shape)
+        steps: dict[int | Lookup, int] = {place: strides[place] for place in sorted(self.kept)}
+        for merge in self.merges:
+            for term, step in zip(merge.terms, strides_of(merge.sizes), strict=True):
+                steps[term] = step * strides[merge.places[0]]
+        return steps
+
+    @cached_property
+    def written_steps(self) -> dict[int | Lookup, int]:
+        """The same in a contiguous tensor of the shape that the expression writes."""
+        terms = _terms(self.axes, self.expr)
+        sizes = [self._sizes_of(term)[0] if isinstance(term, Lookup) else self.axes.sizes[term] for term in terms]
+        return dict(zip(terms, strides_of(sizes), strict=True))
 
     def _sizes_of(self, atom: Atom) -> tuple[int, ...]:
         if isinstance(atom, Lookup):
@@ -262,6 +279,11 @@ def _runs(t: Tensor, places: list[int]) -> list[list[int]]:
 def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
     """The permutation that sorts `order`; of a permutation, its inverse."""
     return tuple(sorted(range(len(order)), key=order.__getitem__))
+
+
+def strides_of(sizes: Sequence[int]) -> list[int]:
+    """Strides of a contiguous tensor."""
+    return [math.prod(sizes[place + 1 :]) for place in range(len(sizes))]
 
 
 def _replaced(shape: Iterable[int], place: int, size: int) -> list[int]:

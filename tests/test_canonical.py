@@ -1,121 +1,153 @@
-"""Rows and columns: the tables say of every element the set, the parameter and the weight that the loops say."""
+"""Rows and columns: a walk over the form meets every element once, and says of it what the loops say."""
 
 import itertools
 import math
-import operator
 
 import cases
 import oracle
 import pytest
 import torch
 
-from flexnorm import normalize
 from flexnorm.axes import bind
-from flexnorm.canonical import cut
+from flexnorm.canonical import canonical
 from flexnorm.sets import sets_of
 from flexnorm.spec import Spec
 
 
 def memories(x):
-    """Contiguous, turned and padded strides."""
+    """Contiguous, turned, sliced and padded."""
     order = list(range(x.dim()))
     yield x
     yield x.permute(order[::-1]).contiguous().permute(order[::-1])
     yield torch.stack([x, x], 0)[1]
     yield torch.nn.functional.pad(x, (0, 1))[..., :-1] if x.dim() else x
     yield torch.stack([x, x], -1)[..., 0]
+    if x.dim() > 2:
+        yield x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-def elements_in_rows(c, sizes):
-    """The number of every element (in x's own order), as [rows, columns]."""
-    return torch.arange(math.prod(sizes)).reshape(sizes).permute((*c.rows, *c.columns)).reshape(c.shape)
+def form_of(pattern, x, *, sizes=None, labels=None, affine=None, mask=None):
+    """The form of x under a pattern, and its operands as sets."""
+    spec = Spec.parse(pattern)
+    axes = bind(spec, tuple(x.shape), tuple((sizes or {}).items()))
+    operands = [
+        sets_of(axes, spec.sets, labels or {}),
+        sets_of(axes, spec.mask) if spec.mask is not None else None,
+        sets_of(axes, spec.read(affine, "affine"), labels or {}) if affine else None,
+    ]
+    strides = x.view(axes.sizes).stride(), torch.empty_like(x).view(axes.sizes).stride()
+    return canonical(*strides, *operands), operands
 
 
-def numbered(p, side):
-    """The place that every element has in a tensor shaped as `side` says."""
-    return [p.place(side, element) for element in p.elements]
+def indices(dims):
+    return itertools.product(*(range(dim.size) for dim in dims))
+
+
+def total(dims, index, step):
+    return sum(getattr(dim, step) * i for dim, i in zip(dims, index, strict=True))
+
+
+def walk(form):
+    """Of every range, for every row: what each operand's row part is."""
+    names = ("x", "y", "set", "mask", "param", "set_block", "param_block", "param_label")
+    groups = range(1 if form.segments is None else form.segments.groups)
+    for outer in indices(form.outer):
+        for group in groups:
+            members = [dict.fromkeys(names, 0)]
+            base = 0
+            if form.segments is not None:
+                s = form.segments
+                base = int(s.sets[group]) if s.sets is not None else group * s.step
+                places = list(indices(s.axes))
+                where = range(int(s.offsets[group]), int(s.offsets[group + 1]))
+                numbers = [int(s.order[i]) if s.order is not None else i for i in where]
+                members = [{name: total(s.axes, places[i], name) for name in names} for i in numbers]
+            rows = []
+            for member in members:
+                for inner in indices(form.inner):
+                    row = {n: member[n] + total(form.outer, outer, n) + total(form.inner, inner, n) for n in names}
+                    row["set"] = base + total(form.outer, outer, "set")
+                    rows.append(row)
+            yield rows
+
+
+def along(column, block, k):
+    if column.kind == "one":
+        return 0
+    return k if column.kind == "each" else int(column.table[block, k])
 
 
 @pytest.mark.parametrize("case", **cases.each)
-def test_tables(case):
+def test_walk(case):
     x, kwargs = cases.arguments(case)
     p = oracle.Pattern(case.pattern, x.shape, kwargs["sizes"], kwargs["labels"])
-    spec = Spec.parse(case.pattern)
-    axes = bind(spec, tuple(x.shape), tuple(kwargs["sizes"].items()))
-    sets = sets_of(axes, spec.sets, kwargs["labels"])
-    mask = sets_of(axes, spec.mask) if spec.mask is not None else None
-    params = sets_of(axes, spec.read(case.affine, "affine"), kwargs["labels"]) if case.affine else None
-    for memory in memories(x):
-        c = cut(axes.sizes, memory.reshape(axes.sizes).stride(), sets, mask, params)
-        number = elements_in_rows(c, axes.sizes).flatten().tolist()
-        # The tables number the internal shape: the same number must mean the same place, and another one another.
-        for operand, side in [(sets, p.right), (params, case.affine)]:
-            if operand is None:
-                continue
-            table = c.indices(operand).expand(*c.shape, operator.add).flatten().tolist()
-            internal = operand.inward(torch.arange(math.prod(operand.shape)).reshape(operand.shape)).flatten()
-            places = numbered(p, side)
-            strides = torch.zeros(operand.shape).stride()
-            written = [sum(i * s for i, s in zip(places[n], strides, strict=True)) for n in number]
-            assert internal[table].tolist() == written
-        if mask is not None:
-            table = c.weights(mask, kwargs["mask"]).expand(*c.shape, operator.mul)
-            expected = torch.stack([kwargs["mask"][p.mask_place(p.elements[n])] for n in number]).reshape(c.shape)
-            assert torch.equal(table, expected)
-        if not c.copied:
-            flat = memory.reshape(axes.sizes)
-            offsets = c.row_offsets() + flat.storage_offset()
-            columns = torch.as_strided(memory, (flat.untyped_storage().nbytes() // 8,), (1,), 0)
-            if number:
-                index = offsets[:, None] + torch.arange(c.shape[1])
-                assert torch.equal(columns[index], flat.flatten()[elements_in_rows(c, axes.sizes)])
+    numbers = torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape)
+    for memory in memories(numbers):
+        form, (sets, mask, params) = form_of(
+            case.pattern, memory, sizes=kwargs["sizes"], labels=kwargs["labels"], affine=case.affine
+        )
+        if form.copied:
+            memory = torch.empty_like(memory).copy_(memory)
+        storage = torch.as_strided(memory, (memory.untyped_storage().nbytes() // 8,), (1,), 0)
+        internal = sets.inward(torch.arange(math.prod(sets.shape)).reshape(sets.shape)).flatten().tolist()
+        met, closed = [], set()
+        for rows in walk(form):
+            here = set()
+            for row, k in itertools.product(rows, range(form.columns)):
+                number = int(storage[memory.storage_offset() + row["x"] + k])
+                element = p.elements[number]
+                met.append((row["y"] + k, number))
+                column = along(form.sets, row["set_block"], k)
+                assert 0 <= column < form.sets.count
+                found = row["set"] + (int(form.sets.offsets[column]) if form.sets.offsets is not None else column)
+                assert internal[found] == flat(p.place(p.right, element), sets.shape)
+                here.add(found)
+                if params is not None:
+                    place = row["param"] + along(form.params, row["param_block"], k)
+                    place += int(form.param_label[row["param_label"]]) if form.param_label is not None else 0
+                    assert place == flat(p.place(case.affine, element), params.shape)
+                if mask is not None:
+                    place = row["mask"] + along(form.mask, 0, k)
+                    assert place == flat(p.mask_place(element), mask.shape)
+            assert not here & closed  # closed ranges share no set
+            closed |= here
+        assert sorted(number for _, number in met) == list(range(x.numel()))
+        result = torch.empty_like(memory)
+        flat_result = torch.as_strided(result, (x.numel(),), (1,))
+        for place, number in met:
+            flat_result[place] = number
+        assert torch.equal(result, numbers)
 
 
-@pytest.mark.parametrize("case", **cases.each)
-def test_closed_ranges_share_no_set(case):
-    x, kwargs = cases.arguments(case)
-    spec = Spec.parse(case.pattern)
-    axes = bind(spec, tuple(x.shape), tuple(kwargs["sizes"].items()))
-    sets = sets_of(axes, spec.sets, kwargs["labels"])
-    c = cut(axes.sizes, x.reshape(axes.sizes).stride(), sets)
-    table = c.indices(sets).expand(*c.shape, operator.add)
-    order = c.visit(sets)
-    table = table if order is None else table[order]
-    bounds = c.closed_ranges(sets).tolist()
-    assert bounds[0] == 0
-    assert bounds[-1] == c.shape[0]
-    seen = set()
-    for start, stop in itertools.pairwise(bounds):
-        here = set(table[start:stop].flatten().tolist())
-        assert not here & seen
-        seen |= here
+def flat(place, shape):
+    """The number of a place in a contiguous tensor."""
+    return sum(i * s for i, s in zip(place, torch.empty(shape, device="meta").stride(), strict=True))
 
 
-def shape_of(pattern, shape, memory_format=torch.contiguous_format, affine=None, **sizes):
-    """Rows and columns of a pattern over a tensor of this shape."""
-    spec = Spec.parse(pattern)
-    axes = bind(spec, shape, tuple(sizes.items()))
-    x = torch.empty(shape, device="meta").to(memory_format=memory_format)
-    operands = [spec.sets, spec.mask, None if affine is None else spec.read(affine, "affine")]
-    sets = [None if expr is None else sets_of(axes, expr) for expr in operands]
-    return cut(axes.sizes, x.reshape(axes.sizes).stride(), *sets).shape
+IMAGE, LAST = torch.empty(16, 256, 56, 56, device="meta"), {"memory_format": torch.channels_last}
 
 
-def test_cuts_of_known_patterns():
-    """Small tables: one number per token, per image and channel, per frequency; never one per element."""
-    image, last = (16, 256, 56, 56), torch.channels_last
-    assert shape_of("b t (g c) -> b t g", (32, 512, 768), affine="(g c)", g=8) == (32 * 512, 768)
-    assert shape_of("n (g c) h w -> n g", image, g=32) == (16 * 32, 8 * 56 * 56)
-    assert shape_of("n (g c) h w -> n g", image, affine="(g c)", g=32) == (16 * 256, 56 * 56)
-    assert shape_of("n (g c) h w -> n g", image, last, affine="(g c)", g=32) == (16 * 56, 56 * 256)
-    assert shape_of("b (g c) t, b t -> b g", (8, 512, 15999), affine="(g c)", g=1) == (8 * 512, 15999)
-    assert shape_of("n c ... -> n", (4, 3, 5)) == (4, 15)
+@pytest.mark.parametrize(
+    ("pattern", "x", "options", "ranges", "rows", "columns"),
+    [
+        ("b t (g c) -> b t g", torch.empty(32, 512, 768, device="meta"), {"sizes": {"g": 8}}, 32 * 512, 1, 768),
+        ("n (g c) h w -> n g", IMAGE, {"sizes": {"g": 32}, "affine": "(g c)"}, 16 * 32, 8, 56 * 56),
+        ("n (g c) h w -> n g", IMAGE.to(**LAST), {"sizes": {"g": 32}, "affine": "(g c)"}, 16, 56 * 56, 256),
+        ("n c h w -> c", IMAGE, {"affine": "c"}, 256, 16, 56 * 56),
+        ("n (g c) h w -> n g", IMAGE[:, :, :7, :7], {"sizes": {"g": 32}, "affine": "(g c)"}, 16 * 32, 8 * 7, 7),
+        ("n (g c) -> n g", torch.empty(64, 128, device="meta"), {"sizes": {"g": 32}, "affine": "(g c)"}, 64, 1, 128),
+        ("n c t -> n t", torch.empty(4, 80, 1000, device="meta"), {}, 4, 80, 1000),
+    ],
+)
+def test_forms_of_known_patterns(pattern, x, options, ranges, rows, columns):
+    """Long columns, and no table for a dense pattern, but for groups of channels side by side."""
+    form, _ = form_of(pattern, x, **options)
+    assert (form.ranges, form.rows, form.columns) == (ranges, rows, columns)
+    assert not form.copied
+    assert form.params.kind != "table"
 
 
-def test_what_cannot_be_rows_says_that_it_is_copied():
+def test_what_has_no_columns_says_that_it_is_copied():
     x = torch.zeros(4, 6)
-    spec = Spec.parse("n c -> n")
     for strided in (x[:, ::2], x[:1].expand(4, 6)):
-        axes = bind(spec, tuple(strided.shape))
-        assert cut(axes.sizes, strided.stride(), sets_of(axes, spec.sets)).copied
-        assert normalize(strided, "n c -> n").shape == strided.shape
+        assert form_of("n c -> n", strided)[0].copied
