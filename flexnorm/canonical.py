@@ -31,7 +31,7 @@ Kind = Literal["one", "each", "table"]
 
 # Work per element, in units of one vectorized pass over it. They only rank cuts, so their ratios matter.
 ROW = 10.0  # to begin a row
-SHORT_RUN = 3.0  # to sum runs of columns too short for a vector, where too few rows share the columns
+SHORT_RUN = 1.5  # to sum runs of columns too short for a vector, where too few rows share the columns
 LONG = 16  # columns that fill a vector
 RUN = 4.0  # to begin a run of columns
 WIDE = 4096  # columns whose sums leave the first cache

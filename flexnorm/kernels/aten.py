@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..canonical import memory_order
 from ..statistics import Moments, divisor, pool, pool_about_zero
-from .interface import Operands, Recipe, Sums, stat_dtype
+from .interface import Gradients, Operands, Recipe, Sums, stat_dtype
 
 
 def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Moments]:
@@ -36,6 +36,12 @@ def apply(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
     if recipe.activation is not None:
         y = ACTIVATIONS[recipe.activation](y)
     return _outward(recipe, operands, y)
+
+
+def backward(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Gradients:
+    sums = backward_sums(recipe, operands, moments, dy)
+    dx, dmask = backward_dx(recipe, operands, moments, dy, sums)
+    return Gradients(dx, dmask, sums.weight, sums.bias)
 
 
 def backward_sums(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Sums:

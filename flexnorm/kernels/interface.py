@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..canonical import Form, canonical
 from ..sets import Sets
 from ..statistics import Moments
 
@@ -27,6 +28,17 @@ class Recipe:
     scale: bool = True
     eps: float = 1e-5
     activation: str | None = None
+    _forms: dict[tuple[int, ...], Form] = field(default_factory=dict, repr=False)
+
+    def form(self, x: Tensor) -> Form:
+        """x under this recipe as rows and columns; kept for tensors with the same strides."""
+        form = self._forms.get(x.stride())
+        if form is None:
+            sizes = self.sets.axes.sizes
+            y = torch.empty_like(x, device="meta")
+            form = canonical(x.view(sizes).stride(), y.view(sizes).stride(), self.sets, self.mask, self.params)
+            self._forms[x.stride()] = form
+        return form
 
 
 class Operands(NamedTuple):
@@ -47,8 +59,17 @@ class Sums(NamedTuple):
     bias: Tensor | None  # params: sum of dy, the gradient of bias
 
 
+class Gradients(NamedTuple):
+    """What the backward pass gives, for each tensor of the operands; None where there is none to be had."""
+
+    x: Tensor
+    mask: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 class Room(Protocol):
-    """The five entry points.
+    """The entry points: two fused ones, and the parts that they are made of, which collectives come between.
 
     dy, y and dx have x's own shape; moments and sums over sets the internal shape of `recipe.sets`. With `center=False`
     the moments are those about zero. Nothing is modified. Statistics and sums are in `stat_dtype(x.dtype)`; y and dx
@@ -63,6 +84,9 @@ class Room(Protocol):
 
     def apply(self, recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
         """y, with these moments."""
+
+    def backward(self, recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Gradients:
+        """`backward_sums`, then `backward_dx`, in one."""
 
     def backward_sums(self, recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Sums:
         """The sums that dx and the gradients of the parameters are made of."""
