@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ class Recipe:
     scale: bool = True
     eps: float = 1e-5
     activation: str | None = None
+    programs: dict[Any, Any] = field(default_factory=dict, repr=False)  # what rooms keep of it
     _forms: dict[tuple[int, ...], Form] = field(default_factory=dict, repr=False)
 
     def form(self, x: Tensor) -> Form:

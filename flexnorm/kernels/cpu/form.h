@@ -1,0 +1,66 @@
+// What Python tells the kernels: the form of flexnorm/canonical.py, and the tensors of one call.
+// Python fills these structs by name (see __init__.py), so every field has eight bytes.
+#pragma once
+#include <cstdint>
+
+constexpr int DIMS = 12;
+
+enum Step { X, Y, SET, MASK, PARAM, SET_BLOCK, PARAM_BLOCK, PARAM_LABEL, STEPS };
+enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+enum Kind : int64_t { ONE, EACH, TABLE };
+enum MaskKind : int64_t { EVERYTHING, MEMBERSHIP, WEIGHTS };
+enum Activation : int64_t { IDENTITY, RELU, SILU, GELU };
+enum What : int64_t { FORWARD, STATISTICS, APPLY, BACKWARD, BACKWARD_SUMS, BACKWARD_DX };
+
+struct Dim {
+    int64_t size;
+    int64_t step[STEPS];
+};
+
+struct Column {
+    int64_t kind;
+    const int32_t* table;    // [blocks, columns]
+    int64_t count;           // sets that the columns of a range meet
+    const int64_t* offsets;  // [count], or null: 0, 1, 2, ...
+    const int32_t* runs;     // first column of every run of one value, block after block
+    const int64_t* run_ptr;  // [blocks + 1]: the runs of every block
+    int64_t short_runs;      // most runs are too short for a vector
+};
+
+struct Form {
+    int64_t dtype, columns, numel;
+    int64_t n_outer, n_inner, n_segment;  // n_segment: axes that labels consume, 0 if none
+    int64_t outer_at, inner_at;           // place of the segments among outer and inner
+    Dim outer[DIMS], inner[DIMS], segment[DIMS];
+    const int64_t* offsets;       // [groups + 1]
+    const int64_t* order;         // [elements], or null
+    const int64_t* segment_sets;  // [groups], or null: one step
+    int64_t segment_step, groups;
+    Column sets, mask, params;
+    const int64_t* param_label;  // or null
+    int64_t n_sets, n_params, n_mask, injective;
+    int64_t mask_kind, center, scale, activation;
+    double eps;
+    double count;  // of every set, 0 if they differ
+};
+
+struct Call {
+    int64_t what, threads;
+    const void* x;
+    const void* dy;
+    void* y;            // or dx
+    const void* mask;   // uint8, or T
+    const void* weight; // T
+    const void* bias;   // T
+    void* mean;         // T [n_sets], read or written
+    void* low;
+    void* m2;
+    void* count;        // int64 or T (count_wide), null where form.count says it
+    int64_t count_wide;
+    void* dmask;        // T
+    void* dweight;      // T
+    void* dbias;        // T
+    void* sum_g;        // T [n_sets], written by the sums, read by dx; null in dx: the moments do not depend on x
+    void* sum_gx;
+    int64_t unused;
+};

@@ -1,0 +1,149 @@
+// The walk over a form: closed ranges, their rows, and the spans of columns that meet one set or one set each.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "form.h"
+
+namespace ARCH {
+
+constexpr int64_t TILE = 1024;   // columns at a time: what several buffers of doubles hold in the first cache
+constexpr int64_t BATCH = 64;    // rows at a time
+
+struct Row {
+    int64_t at[STEPS];
+};
+
+struct Range {
+    Row base;
+    int64_t set;             // the first of its sets
+    int64_t first, members;  // of the segment
+    int64_t rows;
+};
+
+inline void go(Row& row, const Dim& dim, int64_t index) {
+    for (int s = 0; s < STEPS; ++s) row.at[s] += index * dim.step[s];
+}
+
+class Walk {
+   public:
+    explicit Walk(const Form& form) : f(form), inner(1), outer(1), elements(1) {
+        for (int d = 0; d < f.n_inner; ++d) inner *= f.inner[d].size;
+        for (int d = 0; d < f.n_outer; ++d) outer *= f.outer[d].size;
+        for (int d = 0; d < f.n_segment; ++d) elements *= f.segment[d].size;
+    }
+
+    int64_t ranges() const { return outer * (f.n_segment ? f.groups : 1); }
+    bool uniform() const { return f.n_segment == 0; }
+
+    Range range(int64_t index) const {
+        Range r{};
+        r.members = 1;
+        for (int64_t d = f.n_outer; d >= 0; --d) {  // the innermost varies fastest; the segments stand before outer_at
+            if (f.n_segment && d == f.outer_at) {
+                int64_t group = index % f.groups;
+                index /= f.groups;
+                r.first = f.offsets[group];
+                r.members = f.offsets[group + 1] - r.first;
+                r.set += f.segment_sets ? f.segment_sets[group] : group * f.segment_step;
+            }
+            if (d > 0) {
+                const Dim& dim = f.outer[d - 1];
+                go(r.base, dim, index % dim.size);
+                index /= dim.size;
+            }
+        }
+        r.set += r.base.at[SET];
+        r.rows = r.members * inner;
+        return r;
+    }
+
+    // Rows begin..end of a range, in batches that share the block of the sets: f(rows, how many).
+    template <class F>
+    void rows(const Range& range, int64_t begin, int64_t end, F&& visit) const {
+        if (begin >= end) return;
+        Row batch[BATCH];
+        int64_t filled = 0;
+        int64_t at[DIMS + 1], size[DIMS + 1];
+        int64_t n = 0;
+        for (int64_t d = 0; d <= f.n_inner; ++d) {
+            if (f.n_segment && d == f.inner_at) size[n++] = -range.members;
+            if (d < f.n_inner) size[n++] = f.inner[d].size;
+        }
+        int64_t rest = begin;
+        for (int64_t d = n - 1; d >= 0; --d) {
+            int64_t s = std::abs(size[d]);
+            at[d] = rest % s;
+            rest /= s;
+        }
+        int64_t r = begin;
+        while (r < end) {
+            Row base = range.base;
+            int64_t dim = 0;
+            for (int64_t d = 0; d < n - 1; ++d) {
+                if (size[d] < 0) member(base, range.first + at[d]);
+                else go(base, f.inner[dim++], at[d]);
+            }
+            int64_t last = n ? std::abs(size[n - 1]) : 1, i = n ? at[n - 1] : 0;
+            for (; i < last && r < end; ++i, ++r) {
+                Row& row = batch[filled];
+                row = base;
+                if (n) {
+                    if (size[n - 1] < 0) member(row, range.first + i);
+                    else go(row, f.inner[f.n_inner - 1], i);
+                }
+                if (f.param_label) row.at[PARAM] += f.param_label[row.at[PARAM_LABEL]];
+                if (filled && row.at[SET_BLOCK] != batch[0].at[SET_BLOCK]) {
+                    Row next = row;
+                    visit(batch, filled);
+                    batch[0] = next;
+                    filled = 0;
+                }
+                if (++filled == BATCH) {
+                    visit(batch, filled);
+                    filled = 0;
+                }
+            }
+            for (int64_t d = n - 2; d >= 0; --d) {
+                if (++at[d] < std::abs(size[d])) break;
+                at[d] = 0;
+            }
+            if (n) at[n - 1] = 0;
+        }
+        if (filled) visit(batch, filled);
+    }
+
+    // Spans of columns begin..end, at most TILE wide: f(begin, end, id of the set, or -1 if every column has its own).
+    template <class F>
+    void spans(const Column& column, int64_t block, int64_t begin, int64_t end, F&& visit) const {
+        if (column.kind == TABLE && !column.short_runs) {
+            const int32_t* runs = column.runs;
+            const int32_t* table = column.table + block * f.columns;
+            int64_t i = column.run_ptr[block], stop = column.run_ptr[block + 1];
+            if (begin) i = std::upper_bound(runs + i, runs + stop, int32_t(begin)) - runs - 1;
+            for (; i < stop && runs[i] < end; ++i) {
+                int64_t from = std::max<int64_t>(runs[i], begin);
+                int64_t to = std::min(i + 1 < stop ? int64_t(runs[i + 1]) : f.columns, end);
+                for (; from < to; from += TILE) visit(from, std::min(from + TILE, to), int64_t(table[from]));
+            }
+        } else {
+            for (int64_t k = begin; k < end; k += TILE)
+                visit(k, std::min(k + TILE, end), column.kind == ONE ? int64_t(0) : int64_t(-1));
+        }
+    }
+
+    const Form& f;
+    int64_t inner, outer, elements;
+
+   private:
+    void member(Row& row, int64_t place) const {
+        int64_t index = f.order ? f.order[place] : place;
+        if (f.n_segment == 1) return go(row, f.segment[0], index);
+        for (int64_t d = f.n_segment - 1; d >= 0; --d) {
+            go(row, f.segment[d], index % f.segment[d].size);
+            index /= f.segment[d].size;
+        }
+    }
+};
+
+}  // namespace ARCH
