@@ -25,7 +25,6 @@ KINDS = {"one": 0, "each": 1, "table": 2}
 ACTIVATIONS = {None: 0, "relu": 1, "silu": 2, "gelu": 3}
 FORWARD, STATISTICS, APPLY, BACKWARD, BACKWARD_SUMS, BACKWARD_DX = range(6)
 MOST_DIMS = 12
-SHORT = 16  # runs of fewer columns are summed column by column
 
 
 # --- the structs of form.h -------------------------------------------------------------------------------------------
@@ -37,7 +36,7 @@ class _Dim(ctypes.Structure):
 
 class _Column(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int64) for name in ("kind", "table", "count", "offsets", "runs", "run_ptr", "short_runs")
+        (name, ctypes.c_int64) for name in ("kind", "table", "count", "offsets", "runs", "run_ptr", "mean_run")
     ]
 
 
@@ -163,7 +162,7 @@ class Program:
             runs = first.nonzero()[:, 1].to(torch.int32)
             packed.table, packed.runs = self.address(table), self.address(runs)
             packed.run_ptr = self.address(torch.nn.functional.pad(first.sum(1).cumsum(0), (1, 0)))
-            packed.short_runs = table.numel() < SHORT * runs.numel()
+            packed.mean_run = table.numel() // runs.numel()
         return packed
 
     # --- tensors as the kernels take them

@@ -24,7 +24,7 @@ struct Column {
     const int64_t* offsets;  // [count], or null: 0, 1, 2, ...
     const int32_t* runs;     // first column of every run of one value, block after block
     const int64_t* run_ptr;  // [blocks + 1]: the runs of every block
-    int64_t short_runs;      // most runs are too short for a vector
+    int64_t mean_run;        // columns of a run
 };
 
 struct Form {

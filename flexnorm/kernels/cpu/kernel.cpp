@@ -75,9 +75,10 @@ struct Sums {
         if (!keep_shift) fill(shift.data(), count, 0.0);
     }
 
-    void close(int64_t i) {
-        if (n[i] > 0) {
-            double d = s[i] / n[i], rest = q[i] - s[i] * d;
+    void close(int64_t count) {
+        double *RESTRICT n = this->n.data(), *RESTRICT s = this->s.data(), *RESTRICT q = this->q.data();
+        SIMD for (int64_t i = 0; i < count; ++i) {
+            double d = s[i] / (n[i] > 0 ? n[i] : 1.0), rest = q[i] - s[i] * d;
             s[i] = d;
             q[i] = rest < 0 ? 0 : rest;
         }
@@ -98,22 +99,34 @@ struct Sums {
     }
 };
 
+// Buffers of one thread.
 template <class T>
 struct Scratch {
-    Sums sums;                                  // of the sets of a range
-    Array<T> high, low, r, c1, c2, v;           // of the sets of a range
-    Array<double> sg, sgx;
-    double n[TILE], shift[TILE], s[TILE], q[TILE];  // of the columns of a tile
-    T lane[6][TILE];                            // moments of the columns of a tile
-    T x[4][TILE], dy[TILE], xhat[TILE], dz[TILE], out[TILE], w[TILE], b[TILE], weights[TILE], c[2][TILE];
-    T ones[TILE], zeros[TILE];
-    uint8_t bytes[TILE];
+    // Were they TILE wide, all buffers would lie whole pages apart, and loads wait for stores to the others (of which
+    // the processor compares the last twelve bits).
+    static constexpr int64_t WIDTH = TILE + 80;
 
-    Scratch() { fill(ones, TILE, T(1)), fill(zeros, TILE, T(0)); }
+    // Of the sets of a range: their moments, r = 1 / sigma, c = -low * r, v = var * r * r, and the means of g and g * xhat.
+    Sums sums;
+    Array<double> count, sg, sgx;
+    Array<T> high, low, m2, r, c, c1, c2, v;
 
-    void reserve(int64_t count) {
-        sums.reserve(count), sg.reserve(count), sgx.reserve(count);
-        for (auto* a : {&high, &low, &r, &c1, &c2, &v}) a->reserve(count);
+    // Of the columns of a tile.
+    Sums columns;
+    T lane[6][WIDTH], a[WIDTH], d[WIDTH];
+    T x[4][WIDTH], dy[WIDTH], xhat[WIDTH], dz[WIDTH], out[WIDTH], w[WIDTH], b[WIDTH], weights[WIDTH], scaled[2][WIDTH];
+    T ones[WIDTH], zeros[WIDTH];
+    uint8_t bytes[WIDTH];
+
+    Scratch() {
+        fill(ones, TILE, T(1)), fill(zeros, TILE, T(0));
+        columns.reserve(TILE);
+    }
+
+    void reserve(int64_t sets) {
+        sums.reserve(sets);
+        for (auto* a : {&count, &sg, &sgx}) a->reserve(sets);
+        for (auto* a : {&high, &low, &m2, &r, &c, &c1, &c2, &v}) a->reserve(sets);
     }
 
     static Scratch& here() {
@@ -130,10 +143,18 @@ class Kernel {
         : f(form), c(call), walk(form), x(static_cast<const S*>(call.x)), dy(static_cast<const S*>(call.dy)),
           y(static_cast<S*>(call.y)), weight(static_cast<const T*>(call.weight)),
           bias(static_cast<const T*>(call.bias)), bytes(static_cast<const uint8_t*>(call.mask)),
-          weights(static_cast<const T*>(call.mask)) {}
+          weights(static_cast<const T*>(call.mask)) {
+        one_param = f.param_label == nullptr;
+        auto check = [&](const Dim* dims, int64_t n) {
+            for (int64_t d = 0; d < n; ++d) one_param = one_param && !dims[d].step[PARAM] && !dims[d].step[PARAM_BLOCK];
+        };
+        check(f.inner, f.n_inner), check(f.segment, f.n_segment);
+        if (f.n_segment && f.outer_at == f.n_outer) ahead = f.segment[0].step[X] * (walk.elements / std::max<int64_t>(1, f.groups));
+        else if (f.n_outer) ahead = f.outer[f.n_outer - 1].step[X];
+    }
 
     void run() {
-        int64_t slots = c.what >= BACKWARD ? reserve_slots() : 1;
+        if (c.what >= BACKWARD) reserve_slots();
         std::vector<Task> tasks = cut();
         int64_t threads = f.numel < GRAIN ? 1 : c.threads;
         for (size_t i = 0; i < tasks.size();) {
@@ -144,7 +165,7 @@ class Kernel {
             }
             size_t stop = i;
             while (stop < tasks.size() && !tasks[stop].large) ++stop;
-            int64_t n = stop - i, parts = c.what >= BACKWARD && wants_slots() ? std::min(slots, n) : n;
+            int64_t n = stop - i, parts = wants_slots() ? std::min(n_slots, n) : n;
             parallel(threads, parts, [&](int64_t part) {
                 for (int64_t t = i + part * n / parts, end = i + (part + 1) * n / parts; t < end; ++t)
                     for (int64_t r = tasks[t].begin; r < tasks[t].end; ++r) small(walk.range(r), part);
@@ -156,23 +177,32 @@ class Kernel {
 
    private:
     using Own = Scratch<T>;
+    using Same = std::is_same<T, S>;
 
     struct Task {
         int64_t begin, end;  // ranges
         bool large;
     };
 
-    struct Params {
-        const T* w;  // along the columns, or null: then w and b are `ws` and `bs`
-        const T* b;
-        T ws, bs;
+    struct Part {  // of a range: rows r0..r1, columns k0..k1
+        int64_t r0, r1, k0, k1;
     };
 
-    struct Share {  // what the mask says of a row and a span
+    struct Params {
+        const T* w = nullptr;  // along the columns, or null: then w and b are `ws` and `bs`
+        const T* b = nullptr;
+        T ws = 1, bs = 0;
+    };
+
+    struct Share {  // what the mask says of a row and some columns
         bool outside = false;            // no element is inside
         T one = 1;                       // the weight of all
         const uint8_t* bytes = nullptr;  // or along the columns
         const T* weights = nullptr;
+    };
+
+    struct Lanes {  // of the sets of some columns, one each
+        const T *high, *r, *c, *c1, *c2, *v;
     };
 
     std::vector<Task> cut() const {
@@ -208,170 +238,223 @@ class Kernel {
         Own& own = Own::here();
         int64_t count = f.sets.count;
         own.reserve(count);
+        Part all{0, range.rows, 0, f.columns};
         if (c.what == FORWARD || c.what == STATISTICS) {
-            sum(own, own.sums, range, 0, range.rows, 0, f.columns);
-            for (int64_t i = 0; i < count; ++i) write(own, range, i);
+            sum(own, own.sums, range, all);
+            write(own, range, 0, count);
         } else
-            for (int64_t i = 0; i < count; ++i) read(own, range, i);
-        if (c.what == FORWARD || c.what == APPLY) apply(own, own, 0, range, 0, range.rows, 0, f.columns);
-        if (c.what == BACKWARD || c.what == BACKWARD_SUMS) {
+            read(own, range, 0, count);
+        if (c.what == FORWARD || c.what == APPLY) apply(own, own, range, all);
+        if (c.what < BACKWARD) return;
+        if (c.what != BACKWARD_DX) {
             fill(own.sg.data(), count, 0.0), fill(own.sgx.data(), count, 0.0);
-            dots(own, own, own.sg.data(), own.sgx.data(), 0, range, 0, range.rows, 0, f.columns, slot);
-            for (int64_t i = 0; i < count; ++i) write_dots(own, range, i, own.sg[i], own.sgx[i]);
-        } else if (c.what == BACKWARD_DX)
-            for (int64_t i = 0; i < count; ++i) read_dots(own, range, i);
-        if (c.what == BACKWARD || c.what == BACKWARD_DX)
-            gradients(own, own, range, 0, range.rows, 0, f.columns, slot);
+            dots(own, own, own.sg.data(), own.sgx.data(), 0, range, all, slot);
+            write_dots(own, range, 0, count);
+        } else
+            read_dots(own, range, 0, count);
+        if (c.what != BACKWARD_SUMS) gradients(own, own, range, all, slot);
     }
-
-    struct Chunk {
-        int64_t r0, r1, k0, k1;
-    };
 
     void large(const Range& range, int64_t threads) {
-        std::vector<Chunk> chunks;
-        int64_t width = std::min(f.columns, CHUNK), height = std::max<int64_t>(1, CHUNK / width);
+        std::vector<Part> parts;
+        // Sums per column want many rows, sums of runs long ones.
+        bool tall = walk.by_column(range.rows, SHORT);
+        int64_t width = std::min(f.columns, tall ? std::max(TILE, CHUNK / range.rows) : CHUNK);
+        int64_t height = std::max<int64_t>(1, CHUNK / width);
         for (int64_t r = 0; r < range.rows; r += height)
             for (int64_t k = 0; k < f.columns; k += width)
-                chunks.push_back({r, std::min(r + height, range.rows), k, std::min(k + width, f.columns)});
-        int64_t n = chunks.size(), count = f.sets.count;
-        bool each = f.sets.kind == EACH;
+                parts.push_back({r, std::min(r + height, range.rows), k, std::min(k + width, f.columns)});
+        int64_t n = parts.size(), count = f.sets.count;
+        bool each = f.sets.kind == EACH;  // then a part knows the sets of its own columns only
         Own& all = Own::here();
         all.reserve(count);
-        auto over = [&](auto&& body) { parallel(std::min<int64_t>(threads, count / 1024 + 1), threads, [&](int64_t t) {
-            for (int64_t i = t * count / threads; i < (t + 1) * count / threads; ++i) body(i);
-        }); };
+        auto sets = [&](auto&& body) {  // body(begin, end)
+            int64_t pieces = std::min(threads, count / 1024 + 1);
+            parallel(threads, pieces, [&](int64_t p) { body(p * count / pieces, (p + 1) * count / pieces); });
+        };
+        auto first = [&](int64_t p) { return each ? parts[p].k0 : 0; };
+        auto last = [&](int64_t p) { return each ? parts[p].k1 : count; };
         if (c.what == FORWARD || c.what == STATISTICS) {
-            std::vector<Sums> parts(n);
-            parallel(threads, n, [&](int64_t i) {
-                const Chunk& k = chunks[i];
-                parts[i].reserve(each ? k.k1 - k.k0 : count);
-                sum(Own::here(), parts[i], range, k.r0, k.r1, k.k0, k.k1);
+            std::vector<Sums> sums(n);
+            parallel(threads, n, [&](int64_t p) {
+                sums[p].reserve(last(p) - first(p));
+                sum(Own::here(), sums[p], range, parts[p]);
             });
             all.sums.clear(count, false);
-            over([&](int64_t i) {
+            sets([&](int64_t begin, int64_t end) {
                 for (int64_t p = 0; p < n; ++p)
-                    if (!each) all.sums.merge(i, parts[p], i);
-                    else if (chunks[p].k0 <= i && i < chunks[p].k1) all.sums.merge(i, parts[p], i - chunks[p].k0);
-                write(all, range, i, true);
+                    for (int64_t i = std::max(begin, first(p)); i < std::min(end, last(p)); ++i)
+                        all.sums.merge(i, sums[p], i - first(p));
+                write(all, range, begin, end);
             });
         } else
-            over([&](int64_t i) { read(all, range, i); });
+            sets([&](int64_t begin, int64_t end) { read(all, range, begin, end); });
         if (c.what == FORWARD || c.what == APPLY)
-            parallel(threads, n, [&](int64_t i) {  // backwards: the last chunks may still be in the cache
-                const Chunk& k = chunks[n - 1 - i];
-                apply(Own::here(), all, 0, range, k.r0, k.r1, k.k0, k.k1);
+            parallel(threads, n, [&](int64_t p) {  // backwards: the last parts may still be in a cache
+                apply(Own::here(), all, range, parts[n - 1 - p]);
             });
         if (c.what < BACKWARD) return;
-        int64_t slots = f.injective && !wants_mask() ? n : wants_slots() ? std::min<int64_t>(n_slots, n) : n;
-        auto by_slot = [&](auto&& body) {
+        // Where every element has a parameter of its own, no two parts meet in one.
+        bool alone = f.injective && !wants_mask();
+        int64_t slots = alone || !wants_slots() ? n : std::min(n_slots, n);
+        auto by_slot = [&](auto&& body) {  // body(part, slot)
             parallel(threads, slots, [&](int64_t s) {
-                for (int64_t i = s * n / slots; i < (s + 1) * n / slots; ++i)
-                    body(i, slots == n && n > n_slots ? 0 : s);
+                for (int64_t p = s * n / slots; p < (s + 1) * n / slots; ++p) body(p, alone ? 0 : s);
             });
         };
-        if (c.what == BACKWARD || c.what == BACKWARD_SUMS) {
-            std::vector<Array<double>> parts(n);
-            by_slot([&](int64_t i, int64_t slot) {
-                const Chunk& k = chunks[i];
-                int64_t own = each ? k.k1 - k.k0 : count;
-                parts[i].reserve(2 * own);
-                fill(parts[i].data(), 2 * own, 0.0);
-                dots(Own::here(), all, parts[i].data(), parts[i].data() + own, each ? k.k0 : 0, range, k.r0, k.r1, k.k0,
-                     k.k1, slot);
+        if (c.what != BACKWARD_DX) {
+            std::vector<Array<double>> sums(n);
+            by_slot([&](int64_t p, int64_t slot) {
+                int64_t own = last(p) - first(p);
+                sums[p].reserve(2 * own);
+                fill(sums[p].data(), 2 * own, 0.0);
+                dots(Own::here(), all, sums[p].data(), sums[p].data() + own, first(p), range, parts[p], slot);
             });
-            over([&](int64_t i) {
-                double a = 0, b = 0;
-                for (int64_t p = 0; p < n; ++p) {
-                    const Chunk& k = chunks[p];
-                    if (each && (i < k.k0 || i >= k.k1)) continue;
-                    int64_t own = each ? k.k1 - k.k0 : count, j = each ? i - k.k0 : i;
-                    a += parts[p][j], b += parts[p][own + j];
-                }
-                write_dots(all, range, i, a, b);
+            sets([&](int64_t begin, int64_t end) {
+                fill(all.sg.data() + begin, end - begin, 0.0), fill(all.sgx.data() + begin, end - begin, 0.0);
+                for (int64_t p = 0; p < n; ++p)
+                    for (int64_t i = std::max(begin, first(p)); i < std::min(end, last(p)); ++i) {
+                        all.sg[i] += sums[p][i - first(p)];
+                        all.sgx[i] += sums[p][last(p) - first(p) + i - first(p)];
+                    }
+                write_dots(all, range, begin, end);
             });
         } else
-            over([&](int64_t i) { read_dots(all, range, i); });
-        if (c.what == BACKWARD || c.what == BACKWARD_DX)
-            by_slot([&](int64_t i, int64_t slot) {
-                const Chunk& k = chunks[n - 1 - i];
-                gradients(Own::here(), all, range, k.r0, k.r1, k.k0, k.k1, slot);
-            });
+            sets([&](int64_t begin, int64_t end) { read_dots(all, range, begin, end); });
+        if (c.what != BACKWARD_SUMS)
+            by_slot([&](int64_t p, int64_t slot) { gradients(Own::here(), all, range, parts[n - 1 - p], slot); });
     }
 
-    // --- the moments of a set: in tensors, and as what `normalize` takes
-
-    int64_t place(const Range& range, int64_t i) const {
-        return range.set + (f.sets.offsets ? f.sets.offsets[i] : i);
+    // A part of a range, either in tiles of columns (tile(rows, how many, block, k, n)) or in runs of one set
+    // (run(row, k, n, id)). Sums per column pay where rows share them, or where runs are short.
+    template <class Tile, class Run>
+    void pieces(const Range& range, const Part& part, int64_t shortest, Tile&& tile, Run&& run) const {
+        walk.rows(range, part.r0, part.r1, [&](const Row* rows, int64_t n_rows) {
+            int64_t block = rows[0].at[SET_BLOCK];
+            if (walk.by_column(n_rows, shortest)) {
+                for (int64_t k = part.k0; k < part.k1; k += TILE)
+                    tile(rows, n_rows, block, k, std::min(TILE, part.k1 - k));
+            } else
+                for (int64_t i = 0; i < n_rows; ++i)
+                    walk.runs(block, part.k0, part.k1,
+                              [&](int64_t k, int64_t end, int64_t id) { run(rows[i], k, end - k, id); });
+        });
     }
 
-    void write(Own& own, const Range& range, int64_t i, bool closed = false) {
-        if (!closed) own.sums.close(i);
-        double n = own.sums.n[i];
-        int64_t at = place(range, i);
-        T *mean = static_cast<T*>(c.mean), *low = static_cast<T*>(c.low), *m2 = static_cast<T*>(c.m2);
-        double whole = n > 0 ? own.sums.shift[i] + own.sums.s[i] : 0.0;
-        T high = T(whole);
-        // What rounding lost, by Knuth's two-sum, as either of shift and s may be the larger.
-        double part = whole - own.sums.shift[i];
-        double lost = (own.sums.shift[i] - (whole - part)) + (own.sums.s[i] - part);
-        mean[at] = high;
-        low[at] = n > 0 && std::isfinite(whole) ? T((whole - double(high)) + lost) : T(0);
-        m2[at] = n > 0 ? T(own.sums.q[i]) : T(0);
-        if (c.count && c.count_wide) static_cast<T*>(c.count)[at] = T(n);
-        else if (c.count) static_cast<int64_t*>(c.count)[at] = int64_t(n);
-        read(own, range, i);
+    // --- the moments of sets begin..end of a range: in tensors, and as what `normalize` takes
+
+    int64_t place(const Range& range, int64_t i) const { return range.set + (f.sets.offsets ? f.sets.offsets[i] : i); }
+
+    template <class V, class W>
+    void put_sets(void* tensor, const V* values, const Range& range, int64_t begin, int64_t end) const {
+        W* t = static_cast<W*>(tensor);
+        if (f.sets.offsets)
+            for (int64_t i = begin; i < end; ++i) t[range.set + f.sets.offsets[i]] = W(values[i]);
+        else
+            SIMD for (int64_t i = begin; i < end; ++i) t[range.set + i] = W(values[i]);
     }
 
-    void read(Own& own, const Range& range, int64_t i) {
-        int64_t at = place(range, i);
-        double n = count_of(at);
-        double m2 = double(static_cast<T*>(c.m2)[at]);
-        double variance = m2 / (n > 0 ? n : 1), sigma2 = variance + f.eps;
-        own.high[i] = f.center ? static_cast<T*>(c.mean)[at] : T(0);
-        own.low[i] = f.center && c.low ? static_cast<T*>(c.low)[at] : T(0);
-        double r = !(n > 0) ? 0.0 : !f.scale ? 1.0 : sigma2 == 0 ? 0.0 : 1.0 / std::sqrt(sigma2);
-        own.r[i] = T(r);
-        own.v[i] = T(variance * r * r);
+    template <class V, class W>
+    void get_sets(const void* tensor, V* values, const Range& range, int64_t begin, int64_t end) const {
+        const W* t = static_cast<const W*>(tensor);
+        if (f.sets.offsets)
+            for (int64_t i = begin; i < end; ++i) values[i] = V(t[range.set + f.sets.offsets[i]]);
+        else
+            SIMD for (int64_t i = begin; i < end; ++i) values[i] = V(t[range.set + i]);
     }
 
-    double count_of(int64_t at) const {
-        if (!c.count) return f.count;
-        return c.count_wide ? double(static_cast<T*>(c.count)[at]) : double(static_cast<int64_t*>(c.count)[at]);
-    }
-
-    void write_dots(Own& own, const Range& range, int64_t i, double a, double b) {
-        int64_t at = place(range, i);
-        if (c.sum_g) {
-            static_cast<T*>(c.sum_g)[at] = T(a);
-            static_cast<T*>(c.sum_gx)[at] = T(b);
+    void write(Own& own, const Range& range, int64_t begin, int64_t end) {
+        const double *n = own.sums.n.data(), *shift = own.sums.shift.data(), *s = own.sums.s.data(), *q = own.sums.q.data();
+        T *high = own.high.data(), *low = own.low.data(), *m2 = own.m2.data();
+        double* count = own.count.data();
+        SIMD for (int64_t i = begin; i < end; ++i) {
+            double filled = n[i] > 0 ? 1.0 : 0.0, a = shift[i], b = s[i], whole = (a + b) * filled;
+            // What rounding lost, by Knuth's two-sum, as either of the two may be the larger.
+            double part = whole - a, lost = ((a - (whole - part)) + (b - part)) * filled;
+            high[i] = T(whole);
+            double rest = (whole - double(high[i])) + lost;
+            low[i] = rest == rest ? T(rest) : T(0);  // inf - inf
+            m2[i] = T(q[i] * filled);
+            count[i] = c.count_wide ? double(T(n[i])) : n[i];  // as in the tensor
         }
-        share_dots(own, i, at, T(a), T(b));
+        put_sets<T, T>(c.mean, high, range, begin, end);
+        put_sets<T, T>(c.low, low, range, begin, end);
+        put_sets<T, T>(c.m2, m2, range, begin, end);
+        if (c.count && c.count_wide) put_sets<double, T>(c.count, count, range, begin, end);
+        else if (c.count) put_sets<double, int64_t>(c.count, count, range, begin, end);
+        settle(own, begin, end);
     }
 
-    void read_dots(Own& own, const Range& range, int64_t i) {
-        int64_t at = place(range, i);
-        bool through = c.sum_g != nullptr;
-        share_dots(own, i, at, through ? static_cast<T*>(c.sum_g)[at] : T(0),
-                   through ? static_cast<T*>(c.sum_gx)[at] : T(0));
+    void read(Own& own, const Range& range, int64_t begin, int64_t end) {
+        double* count = own.count.data();
+        if (!c.count) fill(count + begin, end - begin, f.count);
+        else if (c.count_wide) get_sets<double, T>(c.count, count, range, begin, end);
+        else get_sets<double, int64_t>(c.count, count, range, begin, end);
+        get_sets<T, T>(c.mean, own.high.data(), range, begin, end);
+        get_sets<T, T>(c.low, own.low.data(), range, begin, end);
+        get_sets<T, T>(c.m2, own.m2.data(), range, begin, end);
+        settle(own, begin, end);
     }
 
-    void share_dots(Own& own, int64_t i, int64_t at, T a, T b) {
-        double n = count_of(at);
-        n = n > 0 ? n : 1;
-        own.c1[i] = f.center ? T(double(a) / n) : T(0);
-        own.c2[i] = f.scale ? T(double(b) / n) : T(0);
+    void settle(Own& own, int64_t begin, int64_t end) {
+        const double* count = own.count.data();
+        const T *low = own.low.data(), *m2 = own.m2.data();
+        T *high = own.high.data(), *r = own.r.data(), *c = own.c.data(), *v = own.v.data();
+        if (!f.center) fill(high + begin, end - begin, T(0));
+        const T center = f.center ? -1 : 0, eps = T(f.eps);
+        const bool scale = f.scale;
+        SIMD for (int64_t i = begin; i < end; ++i) {
+            T n = T(count[i]), variance = m2[i] / (n > 0 ? n : T(1)), sigma2 = variance + eps;
+            T inverse = sigma2 == 0 ? T(0) : T(1) / std::sqrt(sigma2);
+            inverse = n > 0 ? (scale ? inverse : T(1)) : T(0);
+            r[i] = inverse;
+            c[i] = center * low[i] * inverse;
+            v[i] = variance * inverse * inverse;
+        }
     }
 
-    // --- operands along a span
+    void write_dots(Own& own, const Range& range, int64_t begin, int64_t end) {
+        if (c.sum_g) {
+            put_sets<double, T>(c.sum_g, own.sg.data(), range, begin, end);
+            put_sets<double, T>(c.sum_gx, own.sgx.data(), range, begin, end);
+        }
+        share_dots(own, begin, end);
+    }
 
-    const T* values(const S* p, T* buffer, int64_t n) const { return wide(p, buffer, n, std::is_same<T, S>()); }
+    void read_dots(Own& own, const Range& range, int64_t begin, int64_t end) {
+        if (c.sum_g) {
+            get_sets<double, T>(c.sum_g, own.sg.data(), range, begin, end);
+            get_sets<double, T>(c.sum_gx, own.sgx.data(), range, begin, end);
+        } else
+            fill(own.sg.data() + begin, end - begin, 0.0), fill(own.sgx.data() + begin, end - begin, 0.0);
+        share_dots(own, begin, end);
+    }
+
+    void share_dots(Own& own, int64_t begin, int64_t end) {
+        const double *count = own.count.data(), *sg = own.sg.data(), *sgx = own.sgx.data();
+        T *c1 = own.c1.data(), *c2 = own.c2.data();
+        double center = f.center ? 1 : 0, scale = f.scale ? 1 : 0;
+        SIMD for (int64_t i = begin; i < end; ++i) {
+            double n = count[i] > 0 ? count[i] : 1.0;
+            c1[i] = T(center * double(T(sg[i])) / n);  // rounded as in a tensor of sums
+            c2[i] = T(scale * double(T(sgx[i])) / n);
+        }
+    }
+
+    // --- operands along columns k..k+n of a row
+
+    // Asks for what the next range reads, while this one is written: then memory is busy all the time.
+    static void fetch(const S* p, int64_t n) {
+        for (int64_t k = 0; k < n; k += int64_t(64 / sizeof(S))) __builtin_prefetch(p + k, 0, 2);
+    }
+
+    const T* values(const S* p, T* buffer, int64_t n) const { return wide(p, buffer, n, Same()); }
     static const T* wide(const S* p, T*, int64_t, std::true_type) { return p; }
     static const T* wide(const S* p, T* buffer, int64_t n, std::false_type) {
         load(p, buffer, n);
         return buffer;
     }
-    T* target(S* p, T* buffer) const { return target(p, buffer, std::is_same<T, S>()); }
+    T* target(S* p, T* buffer) const { return target(p, buffer, Same()); }
     static T* target(S* p, T*, std::true_type) { return p; }
     static T* target(S*, T* buffer, std::false_type) { return buffer; }
     static void put(const T*, S*, int64_t, std::true_type) {}
@@ -381,27 +464,32 @@ class Kernel {
         Share s;
         if (f.mask_kind == EVERYTHING) return s;
         int64_t at = row.at[MASK];
-        bool membership = f.mask_kind == MEMBERSHIP;
-        if (f.mask.kind == ONE) {
-            if (membership) s.outside = !bytes[at];
-            else s.one = weights[at];
-        } else if (f.mask.kind == EACH) {
-            if (membership) s.bytes = bytes + at + k;
-            else s.weights = weights + at + k;
-        } else if (membership) {
-            gather(bytes + at, f.mask.table + k, own.bytes, n);
-            s.bytes = own.bytes;
-        } else {
-            gather(weights + at, f.mask.table + k, own.weights, n);
-            s.weights = own.weights;
+        if (f.mask_kind == WEIGHTS) {
+            if (f.mask.kind == ONE) s.one = weights[at];
+            else if (f.mask.kind == EACH) s.weights = weights + at + k;
+            else gather(weights + at, f.mask.table + k, own.weights, n), s.weights = own.weights;
+            return s;
         }
+        if (f.mask.kind == ONE) {
+            s.outside = !bytes[at];
+            return s;
+        }
+        if (f.mask.kind == EACH) s.bytes = bytes + at + k;
+        else gather(bytes + at, f.mask.table + k, own.bytes, n), s.bytes = own.bytes;
+        int all = uniform(s.bytes, n);  // padding lies together: most tiles are of one kind
+        s.outside = all == 0;
+        if (all != 2) s.bytes = nullptr;
         return s;
     }
 
+    Share membership(Own& own, const Row& row, int64_t k, int64_t n) const {
+        return f.mask_kind == MEMBERSHIP ? share(own, row, k, n) : Share{};
+    }
+
     Params params(Own& own, const Row& row, int64_t k, int64_t n) const {
-        Params p{nullptr, nullptr, T(1), T(0)};
-        int64_t at = row.at[PARAM];
+        Params p;
         if (!weight && !bias) return p;
+        int64_t at = row.at[PARAM];
         if (f.params.kind == ONE) {
             if (weight) p.ws = weight[at];
             if (bias) p.bs = bias[at];
@@ -418,77 +506,90 @@ class Kernel {
         return p;
     }
 
-    struct Lanes {  // moments of the sets of a span of columns that have one each
-        const T *high, *low, *r, *c1, *c2, *v;
-    };
-
     Lanes lanes(Own& own, Own& from, int64_t block, int64_t k, int64_t n, int fields) const {
-        if (f.sets.kind == EACH)
-            return {from.high.data() + k, from.low.data() + k, from.r.data() + k,
-                    from.c1.data() + k,   from.c2.data() + k,  from.v.data() + k};
-        const int32_t* table = f.sets.table + block * f.columns + k;
-        Array<T>* sources[6] = {&from.high, &from.low, &from.r, &from.c1, &from.c2, &from.v};
-        for (int i = 0; i < fields; ++i) gather(sources[i]->data(), table, own.lane[i], n);
-        return {own.lane[0], own.lane[1], own.lane[2], own.lane[3], own.lane[4], own.lane[5]};
+        Array<T>* sources[6] = {&from.high, &from.r, &from.c, &from.c1, &from.c2, &from.v};
+        const T* at[6] = {};
+        for (int i = 0; i < fields; ++i) {
+            at[i] = f.sets.kind == EACH ? sources[i]->data() + k : own.lane[i];
+            if (f.sets.kind == TABLE) gather(sources[i]->data(), f.sets.table + block * f.columns + k, own.lane[i], n);
+        }
+        return {at[0], at[1], at[2], at[3], at[4], at[5]};
     }
 
     // --- statistics
 
-    // Of a part of a range, into `sums` (of an EACH form: of the columns from k0 on). Closed only in `small`.
-    void sum(Own& own, Sums& sums, const Range& range, int64_t r0, int64_t r1, int64_t k0, int64_t k1) {
-        int64_t count = f.sets.kind == EACH ? k1 - k0 : f.sets.count;
+    // Of a part of a range, closed. Of an EACH form, sums[0] is that of column k0.
+    void sum(Own& own, Sums& sums, const Range& range, const Part& part) {
+        int64_t count = f.sets.kind == EACH ? part.k1 - part.k0 : f.sets.count;
         sums.clear(count, false);
-        pass(own, sums, range, r0, r1, k0, k1, !f.center);
+        pass(own, sums, range, part, !f.center);
         if (!f.center) fill(sums.s.data(), count, 0.0);  // about zero
-        bool part = r1 - r0 != range.rows || k1 - k0 != f.columns;
-        if (std::is_same<T, double>::value && f.center) {  // once more about the mean: shifted sums lose digits
-            for (int64_t i = 0; i < count; ++i) {
-                sums.close(i);
-                sums.shift[i] += sums.n[i] > 0 ? sums.s[i] : 0.0;
-            }
+        sums.close(count);
+        if (std::is_same<T, double>::value && f.center) {  // once more about the mean: one shifted pass loses digits
+            for (int64_t i = 0; i < count; ++i) sums.shift[i] += sums.s[i];
             sums.clear(count, true);
-            pass(own, sums, range, r0, r1, k0, k1, true);
+            pass(own, sums, range, part, true);
+            sums.close(count);
         }
-        if (part || range.rows * f.columns > LARGE)
-            for (int64_t i = 0; i < count; ++i) sums.close(i);
     }
 
-    void pass(Own& own, Sums& sums, const Range& range, int64_t r0, int64_t r1, int64_t k0, int64_t k1, bool fixed) {
-        walk.rows(range, r0, r1, [&](const Row* rows, int64_t n) {
-            walk.spans(f.sets, rows[0].at[SET_BLOCK], k0, k1, [&](int64_t k, int64_t end, int64_t id) {
-                if (id >= 0) {
-                    for (int64_t i = 0; i < n; ++i) run(own, sums, id, rows[i], k, end - k, fixed);
-                } else if (f.sets.kind == EACH) {
-                    int64_t at = k - k0;
-                    columns(own, rows, n, k, end - k, fixed, sums.n.data() + at, sums.shift.data() + at,
+    void pass(Own& own, Sums& sums, const Range& range, const Part& part, bool fixed) {
+        if (f.sets.kind == ONE && f.mask_kind == EVERYTHING) return pass_plain(own, sums, range, part, fixed);
+        pieces(
+            range, part, SHORT,
+            [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
+                if (f.sets.kind == EACH) {
+                    int64_t at = k - part.k0;
+                    columns(own, rows, n_rows, k, n, fixed, sums.n.data() + at, sums.shift.data() + at,
                             sums.s.data() + at, sums.q.data() + at);
                 } else
-                    table(own, sums, rows, n, k, end - k, fixed);
+                    table(own, sums, rows, n_rows, block, k, n, fixed);
+            },
+            [&](const Row& row, int64_t k, int64_t n, int64_t id) {
+                run(sums, id, x + row.at[X] + k, own, share(own, row, k, n), n, fixed);
             });
-        });
     }
 
-    void run(Own& own, Sums& sums, int64_t id, const Row& row, int64_t k, int64_t n, bool fixed) {
-        Share share = this->share(own, row, k, n);
+    // Rows that follow one another in memory are one run.
+    void pass_plain(Own& own, Sums& sums, const Range& range, const Part& part, bool fixed) {
+        const S* from = nullptr;
+        int64_t length = 0;
+        auto flush = [&] {
+            for (int64_t k = 0; k < length; k += TILE)
+                run(sums, 0, from + k, own, Share{}, std::min(TILE, length - k), fixed);
+        };
+        walk.rows(range, part.r0, part.r1, [&](const Row* rows, int64_t n_rows) {
+            for (int64_t i = 0; i < n_rows; ++i) {
+                const S* next = x + rows[i].at[X] + part.k0;
+                if (from + length != next) {
+                    flush();
+                    from = next, length = 0;
+                }
+                length += part.k1 - part.k0;
+            }
+        });
+        flush();
+    }
+
+    void run(Sums& sums, int64_t id, const S* p, Own& own, const Share& share, int64_t n, bool fixed) {
         if (share.outside || share.one == 0) return;
-        const T* v = values(x + row.at[X] + k, own.x[0], n);
+        const T* v = values(p, own.x[0], n);
         double &count = sums.n[id], &shift = sums.shift[id], &s = sums.s[id], &q = sums.q[id];
         if (!fixed && count == 0) {
             int64_t first = 0;
-            if (share.bytes) while (first < n && !share.bytes[first]) ++first;
-            if (share.weights) while (first < n && !(share.weights[first] > 0)) ++first;
+            if (share.bytes)
+                while (first < n && !share.bytes[first]) ++first;
+            if (share.weights)
+                while (first < n && !(share.weights[first] > 0)) ++first;
             if (first == n) return;
             shift = double(v[first]);
         }
         if (share.bytes) run_sums(v, share.bytes, n, shift, count, s, q);
         else if (share.weights) run_sums(v, share.weights, n, shift, count, s, q);
-        else if (share.one == 1) {
-            run_sums(v, n, shift, s, q);
-            count += double(n);
-        } else {
-            double a = 0, b = 0;
+        else {
+            double a = 0, b = 0, w = double(share.one);
             run_sums(v, n, shift, a, b);
-            s += double(share.one) * a, q += double(share.one) * b, count += double(share.one) * double(n);
+            s += w * a, q += w * b, count += w * double(n);
         }
     }
 
@@ -500,136 +601,181 @@ class Kernel {
             Share share = this->share(own, rows[i], k, n);
             if (share.outside || share.one == 0) continue;
             const T* v = values(x + rows[i].at[X] + k, own.x[0], n);
-            if (share.bytes) lane_sums(v, share.bytes, n, fixed, count, shift, s, q);
-            else if (share.weights) lane_sums(v, share.weights, n, fixed, count, shift, s, q);
-            else {
-                if (!begun) SIMD for (int64_t j = 0; j < n; ++j) shift[j] = double(v[j]);
-                begun = true;
-                if (f.mask_kind == EVERYTHING && i + 4 <= n_rows) {
-                    const T* next[4] = {v};
-                    for (int j = 1; j < 4; ++j) next[j] = values(x + rows[i + j].at[X] + k, own.x[j], n);
-                    lane_sums(next[0], next[1], next[2], next[3], n, shift, s, q);
-                    total += 4, i += 3;
-                } else {
-                    lane_sums(v, n, double(share.one), shift, s, q);
-                    total += double(share.one);
+            if (f.mask_kind != EVERYTHING && f.mask.kind != ONE) {  // then columns differ in where they begin
+                if (share.weights) lane_sums(v, share.weights, n, fixed, count, shift, s, q);
+                else {
+                    if (!share.bytes) fill(own.bytes, n, uint8_t(1));
+                    lane_sums(v, share.bytes ? share.bytes : own.bytes, n, fixed, count, shift, s, q);
                 }
+                continue;
+            }
+            if (!begun) SIMD for (int64_t j = 0; j < n; ++j) shift[j] = double(v[j]);
+            begun = true;
+            if (f.mask_kind == EVERYTHING && i + 4 <= n_rows) {
+                const T* next[4] = {v};
+                for (int j = 1; j < 4; ++j) next[j] = values(x + rows[i + j].at[X] + k, own.x[j], n);
+                lane_sums(next[0], next[1], next[2], next[3], n, shift, s, q);
+                total += 4, i += 3;
+            } else {
+                lane_sums(v, n, double(share.one), shift, s, q);
+                total += double(share.one);
             }
         }
         if (total != 0) SIMD for (int64_t j = 0; j < n; ++j) count[j] += total;
     }
 
     // Short runs of columns: sums of each column first, which are then shifted to those of its set.
-    void table(Own& own, Sums& sums, const Row* rows, int64_t n_rows, int64_t k, int64_t n, bool fixed) {
-        const int32_t* id = f.sets.table + rows[0].at[SET_BLOCK] * f.columns + k;
-        fill(own.n, n, 0.0), fill(own.s, n, 0.0), fill(own.q, n, 0.0), fill(own.shift, n, 0.0);
-        if (fixed) gather(sums.shift.data(), id, own.shift, n);
-        columns(own, rows, n_rows, k, n, fixed, own.n, own.shift, own.s, own.q);
+    void table(Own& own, Sums& sums, const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n, bool fixed) {
+        const int32_t* id = f.sets.table + block * f.columns + k;
+        if (n_rows < MANY && (f.mask_kind == EVERYTHING || f.mask.kind == ONE))
+            return scatter(own, sums, rows, n_rows, id, k, n, fixed);
+        Sums& each = own.columns;
+        each.clear(n, false);
+        if (fixed) gather(sums.shift.data(), id, each.shift.data(), n);
+        columns(own, rows, n_rows, k, n, fixed, each.n.data(), each.shift.data(), each.s.data(), each.q.data());
         for (int64_t j = 0; j < n; ++j) {
-            if (!(own.n[j] > 0)) continue;
+            if (!(each.n[j] > 0)) continue;
             int64_t i = id[j];
-            if (!fixed && sums.n[i] == 0) sums.shift[i] = own.shift[j];
-            double delta = own.shift[j] - sums.shift[i], m = own.n[j];
+            if (!fixed && sums.n[i] == 0) sums.shift[i] = each.shift[j];
+            double delta = each.shift[j] - sums.shift[i], m = each.n[j];
             sums.n[i] += m;
-            sums.s[i] += own.s[j] + m * delta;
-            sums.q[i] += own.q[j] + delta * (2 * own.s[j] + m * delta);
+            sums.s[i] += each.s[j] + m * delta;
+            sums.q[i] += each.q[j] + delta * (2 * each.s[j] + m * delta);
+        }
+    }
+
+    void scatter(Own& own, Sums& sums, const Row* rows, int64_t n_rows, const int32_t* id, int64_t k, int64_t n,
+                 bool fixed) {
+        double *count = sums.n.data(), *shift = sums.shift.data(), *s = sums.s.data(), *q = sums.q.data();
+        for (int64_t i = 0; i < n_rows; ++i) {
+            Share share = this->share(own, rows[i], k, n);
+            if (share.outside || share.one == 0) continue;
+            const T* v = values(x + rows[i].at[X] + k, own.x[0], n);
+            double w = double(share.one);
+            for (int64_t j = 0; j < n;) {
+                int64_t set = id[j];
+                if (!fixed && count[set] == 0) shift[set] = double(v[j]);
+                double c = shift[set], a = 0, b = 0;
+                int64_t first = j;
+                do {
+                    double d = double(v[j]) - c;
+                    a += d, b += d * d;
+                } while (++j < n && id[j] == set);
+                count[set] += w * double(j - first), s[set] += w * a, q[set] += w * b;
+            }
         }
     }
 
     // --- y
 
-    void apply(Own& own, Own& from, int, const Range& range, int64_t r0, int64_t r1, int64_t k0, int64_t k1) {
-        walk.rows(range, r0, r1, [&](const Row* rows, int64_t n_rows) {
-            int64_t block = rows[0].at[SET_BLOCK];
-            walk.spans(f.sets, block, k0, k1, [&](int64_t k, int64_t end, int64_t id) {
-                int64_t n = end - k;
-                Lanes m = id < 0 ? lanes(own, from, block, k, n, 3) : Lanes{};
+    void apply(Own& own, Own& from, const Range& range, const Part& part) {
+        pieces(
+            range, part, SHORT,
+            [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
+                Lanes m = lanes(own, from, block, k, n, 3);
                 for (int64_t i = 0; i < n_rows; ++i) {
-                    const Row& row = rows[i];
-                    S* out = y + row.at[Y] + k;
-                    Share share = f.mask_kind == MEMBERSHIP ? this->share(own, row, k, n) : Share{};
-                    T* t = target(out, own.out);
-                    if (share.outside) fill(t, n, T(0));
-                    else {
-                        const T* v = values(x + row.at[X] + k, own.x[0], n);
-                        Params p = params(own, row, k, n);
-                        if (id >= 0 && !p.w)
-                            normalize(v, t, n, from.high[id], from.low[id], from.r[id] * p.ws, p.bs);
-                        else if (id >= 0)
-                            normalize(v, t, n, from.high[id], from.low[id], from.r[id], p.w, p.b);
-                        else if (!p.w)
-                            normalize(v, t, n, m.high, m.low, m.r, p.ws, p.bs);
-                        else
-                            normalize(v, t, n, m.high, m.low, m.r, p.w, p.b);
-                        if (f.activation) activate(f.activation, t, n);
-                        if (share.bytes) keep(t, share.bytes, n);
-                    }
-                    put(t, out, n, std::is_same<T, S>());
+                    if (i == 0 || !one_param) combine(own, m, params(own, rows[i], k, n), n);
+                    y_of(own, rows[i], k, n, [&](const T* v, T* t) { normalize(v, t, n, m.high, own.a, own.d); });
                 }
+            },
+            [&](const Row& row, int64_t k, int64_t n, int64_t id) {
+                y_of(own, row, k, n, [&](const T* v, T* t) {
+                    Params p = params(own, row, k, n);
+                    T high = from.high[id], r = from.r[id], c = from.c[id];
+                    if (p.w) normalize(v, t, n, high, r, c, p.w, p.b);
+                    else normalize(v, t, n, high, r * p.ws, c * p.ws + p.bs);
+                });
             });
-        });
+    }
+
+    void combine(Own& own, const Lanes& m, const Params& p, int64_t n) const {
+        if (p.w) fold(m.r, m.c, n, p.w, p.b, own.a, own.d);
+        else fold(m.r, m.c, n, p.ws, p.bs, own.a, own.d);
+    }
+
+    template <class F>
+    void y_of(Own& own, const Row& row, int64_t k, int64_t n, F&& formula) {
+        S* out = y + row.at[Y] + k;
+        fetch(x + row.at[X] + k + ahead, n);
+        T* t = target(out, own.out);
+        Share share = membership(own, row, k, n);
+        if (share.outside) fill(t, n, T(0));
+        else {
+            formula(values(x + row.at[X] + k, own.x[0], n), t);
+            if (f.activation) activate(f.activation, t, n);
+            if (share.bytes) keep(t, share.bytes, n);
+        }
+        put(t, out, n, Same());
     }
 
     // --- backward
 
-    // xhat and dz of a row and a span, 0 outside of the mask. Returns dz, which is dy itself where it can be.
-    const T* prepare(Own& own, Own& from, const Row& row, int64_t k, int64_t n, int64_t id, const Lanes& m,
-                     const Params& p, const Share& share) {
-        const T* v = values(x + row.at[X] + k, own.x[0], n);
+    // dz of a row, with xhat beside it: dy through the activation, 0 outside of the mask. It is dy itself where it can be.
+    const T* dz_of(Own& own, const Row& row, int64_t k, int64_t n, const Params& p, const Share& share) {
         const T* g = values(dy + row.at[Y] + k, own.dy, n);
-        if (id >= 0) normalize(v, own.xhat, n, from.high[id], from.low[id], from.r[id], T(0));
-        else normalize(v, own.xhat, n, m.high, m.low, m.r, T(1), T(0));
         if (share.bytes) keep(own.xhat, share.bytes, n);
         if (!f.activation && !share.bytes) return g;
         std::memcpy(own.dz, g, sizeof(T) * size_t(n));
         if (share.bytes) keep(own.dz, share.bytes, n);
         if (f.activation) {
-            if (p.w) normalize(own.xhat, own.out, n, T(0), T(0), T(1), p.w, p.b);
-            else normalize(own.xhat, own.out, n, T(0), T(0), p.ws, p.bs);
+            if (p.w) affine(own.xhat, own.out, n, p.w, p.b);
+            else affine(own.xhat, own.out, n, p.ws, p.bs);
             activate_backward(f.activation, own.out, own.dz, n);
         }
         return own.dz;
     }
 
-    void dots(Own& own, Own& from, double* sg, double* sgx, int64_t first, const Range& range, int64_t r0, int64_t r1,
-              int64_t k0, int64_t k1, int64_t slot) {
+    void xhat_of(Own& own, const Row& row, int64_t k, int64_t n, const Lanes& m) {
+        normalize(values(x + row.at[X] + k, own.x[0], n), own.xhat, n, m.high, m.r, m.c);
+    }
+    void xhat_of(Own& own, Own& from, const Row& row, int64_t k, int64_t n, int64_t id) {
+        normalize(values(x + row.at[X] + k, own.x[0], n), own.xhat, n, from.high[id], from.r[id], from.c[id]);
+    }
+
+    // Sums of g and g * xhat of a part of a range, sg[0] being that of set `first`; and of the parameters.
+    void dots(Own& own, Own& from, double* sg, double* sgx, int64_t first, const Range& range, const Part& part,
+              int64_t slot) {
         double* pw = c.dweight ? slot_of(slot) : nullptr;
         double* pb = c.dbias ? slot_of(slot) + f.n_params : nullptr;
-        walk.rows(range, r0, r1, [&](const Row* rows, int64_t n_rows) {
-            int64_t block = rows[0].at[SET_BLOCK];
-            walk.spans(f.sets, block, k0, k1, [&](int64_t k, int64_t end, int64_t id) {
-                int64_t n = end - k;
-                bool tabled = id < 0 && f.sets.kind == TABLE;
-                Lanes m = id < 0 ? lanes(own, from, block, k, n, 3) : Lanes{};
-                double *a = tabled ? own.s : sg + (k - first), *b = tabled ? own.q : sgx + (k - first);
+        pieces(
+            range, part, SHORT,
+            [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
+                bool tabled = f.sets.kind == TABLE;
+                Lanes m = lanes(own, from, block, k, n, 3);
+                double *a = tabled ? own.columns.s.data() : sg + (k - first);
+                double *b = tabled ? own.columns.q.data() : sgx + (k - first);
                 if (tabled) fill(a, n, 0.0), fill(b, n, 0.0);
                 for (int64_t i = 0; i < n_rows; ++i) {
-                    const Row& row = rows[i];
-                    Share share = f.mask_kind == MEMBERSHIP ? this->share(own, row, k, n) : Share{};
+                    Share share = membership(own, rows[i], k, n);
                     if (share.outside) continue;
-                    Params p = params(own, row, k, n);
-                    const T* dz = prepare(own, from, row, k, n, id, m, p, share);
-                    int64_t at = row.at[PARAM];
-                    if (id >= 0 && !p.w) {
-                        double s = 0, t = 0;
-                        dot_sums(dz, own.xhat, n, s, t);
-                        sg[id] += double(p.ws) * s, sgx[id] += double(p.ws) * t;
-                        if (f.params.kind == ONE) {
-                            if (pw) pw[at] += t;
-                            if (pb) pb[at] += s;
-                            continue;
-                        }
-                    } else if (id >= 0) dot_sums(dz, p.w, own.xhat, n, sg[id], sgx[id]);
-                    else if (!p.w) lane_dots(dz, own.xhat, n, double(p.ws), a, b);
-                    else lane_dots(dz, p.w, own.xhat, n, a, b);
-                    if (pw || pb) param_dots(own, row, k, n, dz, pw, pb);
+                    Params p = params(own, rows[i], k, n);
+                    xhat_of(own, rows[i], k, n, m);
+                    const T* dz = dz_of(own, rows[i], k, n, p, share);
+                    if (p.w) lane_dots(dz, p.w, own.xhat, n, a, b);
+                    else lane_dots(dz, own.xhat, n, double(p.ws), a, b);
+                    if (pw || pb) param_dots(own, rows[i], k, n, dz, pw, pb);
                 }
-                if (tabled) {
-                    const int32_t* ids = f.sets.table + block * f.columns + k;
+                const int32_t* ids = f.sets.table + block * f.columns + k;
+                if (tabled)
                     for (int64_t j = 0; j < n; ++j) sg[ids[j]] += a[j], sgx[ids[j]] += b[j];
+            },
+            [&](const Row& row, int64_t k, int64_t n, int64_t id) {
+                Share share = membership(own, row, k, n);
+                if (share.outside) return;
+                Params p = params(own, row, k, n);
+                xhat_of(own, from, row, k, n, id);
+                const T* dz = dz_of(own, row, k, n, p, share);
+                if (p.w) {
+                    dot_sums(dz, p.w, own.xhat, n, sg[id], sgx[id]);
+                    if (pw || pb) param_dots(own, row, k, n, dz, pw, pb);
+                    return;
                 }
+                double s = 0, t = 0;
+                dot_sums(dz, own.xhat, n, s, t);
+                sg[id] += double(p.ws) * s, sgx[id] += double(p.ws) * t;
+                if (pw) pw[row.at[PARAM]] += t;
+                if (pb) pb[row.at[PARAM]] += s;
             });
-        });
     }
 
     void param_dots(Own& own, const Row& row, int64_t k, int64_t n, const T* dz, double* pw, double* pb) {
@@ -640,7 +786,7 @@ class Kernel {
             if (pw) pw[at] += t;
             if (pb) pb[at] += s;
         } else if (f.params.kind == EACH) {
-            double* spare = own.n;  // where nobody asks for one of the two
+            double* spare = own.columns.n.data();  // where nobody asks for one of the two
             lane_dots(dz, own.xhat, n, 1.0, pb ? pb + at + k : spare, pw ? pw + at + k : spare);
         } else {
             const int32_t* table = f.params.table + row.at[PARAM_BLOCK] * f.columns + k;
@@ -651,91 +797,85 @@ class Kernel {
         }
     }
 
-    void gradients(Own& own, Own& from, const Range& range, int64_t r0, int64_t r1, int64_t k0, int64_t k1,
-                   int64_t slot) {
-        bool through = c.sum_g || c.what == BACKWARD;
-        double* pm = c.dmask ? slot_of(slot) + 2 * f.n_params : nullptr;
-        walk.rows(range, r0, r1, [&](const Row* rows, int64_t n_rows) {
-            int64_t block = rows[0].at[SET_BLOCK];
-            walk.spans(f.sets, block, k0, k1, [&](int64_t k, int64_t end, int64_t id) {
-                int64_t n = end - k;
-                Lanes m = id < 0 ? lanes(own, from, block, k, n, 6) : Lanes{};
-                for (int64_t i = 0; i < n_rows; ++i) {
-                    const Row& row = rows[i];
-                    S* out = y + row.at[Y] + k;
-                    T* t = target(out, own.out);
-                    Share share = this->share(own, row, k, n);
-                    if (share.outside) {
-                        fill(t, n, T(0));
-                        put(t, out, n, std::is_same<T, S>());
-                        continue;
-                    }
-                    Params p = params(own, row, k, n);
-                    const T* dz = prepare(own, from, row, k, n, id, m, p, share);
-                    if (pm && through) mask_dots(own, from, row, k, n, id, m, pm);
-                    if (share.weights && through) {
-                        const T* w = share.weights;
-                        SIMD for (int64_t j = 0; j < n; ++j) {
-                            own.c[0][j] = (id < 0 ? m.c1[j] : from.c1[id]) * w[j];
-                            own.c[1][j] = (id < 0 ? m.c2[j] : from.c2[id]) * w[j];
-                        }
-                        const T* r = m.r;
-                        if (id >= 0) fill(own.lane[5], n, from.r[id]), r = own.lane[5];
-                        if (!p.w) gradient(dz, own.xhat, t, n, p.ws, own.c[0], own.c[1], r);
-                        else gradient(dz, own.xhat, t, n, p.w, own.c[0], own.c[1], r);
-                    } else if (id >= 0) {
-                        T c1 = from.c1[id] * share.one, c2 = from.c2[id] * share.one;
-                        if (!p.w) gradient(dz, own.xhat, t, n, p.ws, c1, c2, from.r[id]);
-                        else gradient(dz, own.xhat, t, n, p.w, c1, c2, from.r[id]);
-                    } else {
-                        const T *c1 = m.c1, *c2 = m.c2;
-                        if (share.one != 1) {
-                            normalize(c1, own.c[0], n, T(0), T(0), share.one, T(0));
-                            normalize(c2, own.c[1], n, T(0), T(0), share.one, T(0));
-                            c1 = own.c[0], c2 = own.c[1];
-                        }
-                        if (!p.w) gradient(dz, own.xhat, t, n, p.ws, c1, c2, m.r);
-                        else gradient(dz, own.xhat, t, n, p.w, c1, c2, m.r);
-                    }
-                    if (share.bytes) keep(t, share.bytes, n);
-                    put(t, out, n, std::is_same<T, S>());
-                }
+    void gradients(Own& own, Own& from, const Range& range, const Part& part, int64_t slot) {
+        double* pm = wants_mask() && (c.sum_g || c.what == BACKWARD) ? slot_of(slot) + 2 * f.n_params : nullptr;
+        pieces(
+            range, part, SHORT,
+            [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
+                Lanes m = lanes(own, from, block, k, n, 6);
+                for (int64_t i = 0; i < n_rows; ++i)
+                    dx_of(own, rows[i], k, n, pm, [&] { xhat_of(own, rows[i], k, n, m); },
+                          [&](const Share& share, const Params& p, const T* dz, T* t) {
+                              const T *c1 = m.c1, *c2 = m.c2;
+                              if (share.weights || share.one != 1) {
+                                  const T* w = share.weights;
+                                  if (!w) fill(own.a, n, share.one), w = own.a;
+                                  affine(c1, own.scaled[0], n, w, own.zeros), affine(c2, own.scaled[1], n, w, own.zeros);
+                                  c1 = own.scaled[0], c2 = own.scaled[1];
+                              }
+                              if (p.w) gradient(dz, own.xhat, t, n, p.w, c1, c2, m.r);
+                              else gradient(dz, own.xhat, t, n, p.ws, c1, c2, m.r);
+                          },
+                          [&](int64_t j) { return mask_dot(own.xhat[j], m.c1[j], m.c2[j], m.v[j]); });
+            },
+            [&](const Row& row, int64_t k, int64_t n, int64_t id) {
+                T c1 = from.c1[id], c2 = from.c2[id], r = from.r[id], v = from.v[id];
+                dx_of(own, row, k, n, pm, [&] { xhat_of(own, from, row, k, n, id); },
+                      [&](const Share& share, const Params& p, const T* dz, T* t) {
+                          if (share.weights) {
+                              affine(share.weights, own.scaled[0], n, c1, T(0));
+                              affine(share.weights, own.scaled[1], n, c2, T(0));
+                              fill(own.a, n, r);
+                              if (p.w) gradient(dz, own.xhat, t, n, p.w, own.scaled[0], own.scaled[1], own.a);
+                              else gradient(dz, own.xhat, t, n, p.ws, own.scaled[0], own.scaled[1], own.a);
+                          } else if (p.w)
+                              gradient(dz, own.xhat, t, n, p.w, c1 * share.one, c2 * share.one, r);
+                          else
+                              gradient(dz, own.xhat, t, n, p.ws, c1 * share.one, c2 * share.one, r);
+                      },
+                      [&](int64_t j) { return mask_dot(own.xhat[j], c1, c2, v); });
             });
-        });
     }
 
-    // The gradient of weights: d mean / d w = (x - mean) / n, d var / d w = ((x - mean)^2 - var) / n.
-    void mask_dots(Own& own, Own& from, const Row& row, int64_t k, int64_t n, int64_t id, const Lanes& m, double* pm) {
-        T* d = own.c[0];
-        for (int64_t j = 0; j < n; ++j) {
-            T c1 = id < 0 ? m.c1[j] : from.c1[id], c2 = id < 0 ? m.c2[j] : from.c2[id];
-            T v = id < 0 ? m.v[j] : from.v[id], h = own.xhat[j];
-            d[j] = -(h * c1 + T(0.5) * (h * h - v) * c2);
+    // The gradient of a weight: d mean / d w = (x - mean) / n, d var / d w = ((x - mean)^2 - var) / n.
+    static double mask_dot(T xhat, T c1, T c2, T v) { return -double(xhat * c1 + T(0.5) * (xhat * xhat - v) * c2); }
+
+    template <class Xhat, class Formula, class Dot>
+    void dx_of(Own& own, const Row& row, int64_t k, int64_t n, double* pm, Xhat&& xhat, Formula&& formula, Dot&& dot) {
+        S* out = y + row.at[Y] + k;
+        T* t = target(out, own.out);
+        Share share = this->share(own, row, k, n);
+        if (share.outside) fill(t, n, T(0));
+        else {
+            Params p = params(own, row, k, n);
+            xhat();
+            const T* dz = dz_of(own, row, k, n, p, share);
+            if (pm) {
+                double total = 0;
+                for (int64_t j = 0; j < n; ++j)
+                    if (f.mask.kind == ONE) total += dot(j);
+                    else pm[row.at[MASK] + (f.mask.kind == EACH ? k + j : f.mask.table[k + j])] += dot(j);
+                if (f.mask.kind == ONE) pm[row.at[MASK]] += total;
+            }
+            formula(share, p, dz, t);
+            if (share.bytes) keep(t, share.bytes, n);
         }
-        int64_t at = row.at[MASK];
-        double total = 0;
-        for (int64_t j = 0; j < n; ++j) {
-            if (f.mask.kind == ONE) total += double(d[j]);
-            else pm[at + (f.mask.kind == EACH ? k + j : f.mask.table[k + j])] += double(d[j]);
-        }
-        if (f.mask.kind == ONE) pm[at] += total;
+        put(t, out, n, Same());
     }
 
     // --- gradients of parameters and weights: each slot is written by one thread, then all are added in order
 
-    bool wants_mask() const { return c.dmask && c.what != BACKWARD_SUMS; }
-    bool wants_slots() const { return c.dweight || c.dbias || c.dmask; }
+    bool wants_mask() const { return c.what >= BACKWARD && c.what != BACKWARD_SUMS && c.dmask; }
+    bool wants_slots() const { return c.what >= BACKWARD && (c.dweight || c.dbias || wants_mask()); }
     int64_t slot_size() const { return 2 * f.n_params + (wants_mask() ? f.n_mask : 0); }
     double* slot_of(int64_t slot) { return memory.data() + slot * slot_size(); }
 
-    int64_t reserve_slots() {
-        n_slots = 1;
-        if (!wants_slots()) return 1;
+    void reserve_slots() {
+        if (!wants_slots()) return;
         int64_t size = std::max<int64_t>(1, slot_size());
         n_slots = std::max<int64_t>(1, std::min(SLOTS, f.numel / (8 * size)));
         memory.reserve(n_slots * size);
         fill(memory.data(), n_slots * size, 0.0);
-        return n_slots;
     }
 
     void reduce_slots(int64_t threads) {
@@ -765,6 +905,8 @@ class Kernel {
     const T* weights;
     Array<double> memory;  // [slots][weight, bias, mask]
     int64_t n_slots = 1;
+    bool one_param;     // all rows of a range have the same parameters
+    int64_t ahead = 0;  // from a range to the next, in x
 };
 
 int run(const Form& form, const Call& call) {

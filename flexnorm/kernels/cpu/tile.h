@@ -164,34 +164,68 @@ inline void lane_sums(const T* RESTRICT x, const M* RESTRICT m, int64_t n, bool 
     }
 }
 
-// --- (x - mean) / sigma * weight + bias; the mean as high + low
+// --- (x - mean) / sigma * weight + bias. The mean is high + low, and c = -low / sigma.
 
 template <class T>
-inline void normalize(const T* RESTRICT x, T* RESTRICT y, int64_t n, T high, T low, T a, T b) {
-    SIMD for (int64_t k = 0; k < n; ++k) y[k] = ((x[k] - high) - low) * a + b;
+inline void normalize(const T* RESTRICT x, T* RESTRICT y, int64_t n, T high, T a, T b) {
+    SIMD for (int64_t k = 0; k < n; ++k) y[k] = (x[k] - high) * a + b;
 }
 
 template <class T>
-inline void normalize(const T* RESTRICT x, T* RESTRICT y, int64_t n, T high, T low, T r, const T* RESTRICT w,
+inline void normalize(const T* RESTRICT x, T* RESTRICT y, int64_t n, T high, T r, T c, const T* RESTRICT w,
                       const T* RESTRICT b) {
-    SIMD for (int64_t k = 0; k < n; ++k) y[k] = ((x[k] - high) - low) * r * w[k] + b[k];
+    SIMD for (int64_t k = 0; k < n; ++k) y[k] = ((x[k] - high) * r + c) * w[k] + b[k];
 }
 
 template <class T>
-inline void normalize(const T* RESTRICT x, T* RESTRICT y, int64_t n, const T* RESTRICT high, const T* RESTRICT low,
-                      const T* RESTRICT r, T w, T b) {
-    SIMD for (int64_t k = 0; k < n; ++k) y[k] = ((x[k] - high[k]) - low[k]) * r[k] * w + b;
+inline void normalize(const T* RESTRICT x, T* RESTRICT y, int64_t n, const T* RESTRICT high, const T* RESTRICT a,
+                      const T* RESTRICT b) {
+    SIMD for (int64_t k = 0; k < n; ++k) y[k] = (x[k] - high[k]) * a[k] + b[k];
+}
+
+// a = r * w and b = c * w + b: what is left of the moments and the parameters of a column
+template <class T>
+inline void fold(const T* RESTRICT r, const T* RESTRICT c, int64_t n, const T* RESTRICT w, const T* RESTRICT b,
+                 T* RESTRICT a, T* RESTRICT d) {
+    SIMD for (int64_t k = 0; k < n; ++k) {
+        a[k] = r[k] * w[k];
+        d[k] = c[k] * w[k] + b[k];
+    }
 }
 
 template <class T>
-inline void normalize(const T* RESTRICT x, T* RESTRICT y, int64_t n, const T* RESTRICT high, const T* RESTRICT low,
-                      const T* RESTRICT r, const T* RESTRICT w, const T* RESTRICT b) {
-    SIMD for (int64_t k = 0; k < n; ++k) y[k] = ((x[k] - high[k]) - low[k]) * r[k] * w[k] + b[k];
+inline void fold(const T* RESTRICT r, const T* RESTRICT c, int64_t n, T w, T b, T* RESTRICT a, T* RESTRICT d) {
+    SIMD for (int64_t k = 0; k < n; ++k) {
+        a[k] = r[k] * w;
+        d[k] = c[k] * w + b;
+    }
+}
+
+// z = xhat * w + b
+template <class T>
+inline void affine(const T* RESTRICT xhat, T* RESTRICT z, int64_t n, const T* RESTRICT w, const T* RESTRICT b) {
+    SIMD for (int64_t k = 0; k < n; ++k) z[k] = xhat[k] * w[k] + b[k];
+}
+
+template <class T>
+inline void affine(const T* RESTRICT xhat, T* RESTRICT z, int64_t n, T w, T b) {
+    SIMD for (int64_t k = 0; k < n; ++k) z[k] = xhat[k] * w + b;
 }
 
 template <class T>
 inline void keep(T* RESTRICT y, const uint8_t* RESTRICT m, int64_t n) {
     SIMD for (int64_t k = 0; k < n; ++k) y[k] = m[k] ? y[k] : T(0);
+}
+
+// Whether all of a mask is outside (0), inside (1), or neither (2).
+inline int uniform(const uint8_t* RESTRICT m, int64_t n) {
+    uint8_t any = 0, all = 1;
+#pragma omp simd reduction(| : any) reduction(& : all)
+    for (int64_t k = 0; k < n; ++k) {
+        any |= m[k];
+        all &= m[k];
+    }
+    return all ? 1 : any ? 2 : 0;
 }
 
 template <class T>
@@ -209,8 +243,7 @@ inline void gather(const T* RESTRICT from, const int32_t* RESTRICT index, T* RES
 inline float exponential(float x) {  // cephes' expf: 2 ulp
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float shifted = x * 1.44269504f + 12582912.0f;
-    int32_t bits;
-    std::memcpy(&bits, &shifted, 4);
+    int32_t bits = __builtin_bit_cast(int32_t, shifted);
     float n = shifted - 12582912.0f;
     float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -221,9 +254,7 @@ inline float exponential(float x) {  // cephes' expf: 2 ulp
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     int32_t power = int32_t(uint32_t(bits - 0x4b400000 + 127) << 23);
-    float scale;
-    std::memcpy(&scale, &power, 4);
-    return p * scale;
+    return p * __builtin_bit_cast(float, power);
 }
 
 inline float error_function(float x) {  // two minimax polynomials: 1 ulp

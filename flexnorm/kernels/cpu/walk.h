@@ -1,4 +1,4 @@
-// The walk over a form: closed ranges, their rows, and the spans of columns that meet one set or one set each.
+// The walk over a form: closed ranges, their rows, and the runs of columns that meet one set.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,6 +9,9 @@ namespace ARCH {
 
 constexpr int64_t TILE = 1024;   // columns at a time: what several buffers of doubles hold in the first cache
 constexpr int64_t BATCH = 64;    // rows at a time
+constexpr int64_t MANY = 4;      // rows that pay for sums per column
+constexpr int64_t SPLIT = 256;   // a run of columns so long is summed by itself, whatever the rows
+constexpr int64_t SHORT = 16;    // shorter ones are not, whatever the rows
 
 struct Row {
     int64_t at[STEPS];
@@ -76,33 +79,33 @@ class Walk {
             at[d] = rest % s;
             rest /= s;
         }
-        int64_t r = begin;
-        while (r < end) {
-            Row base = range.base;
+        const bool ordered = n && size[n - 1] < 0 && (f.order || f.n_segment > 1);
+        const Dim* last = n == 0 ? nullptr : size[n - 1] < 0 ? f.segment : f.inner + (f.n_inner - 1);
+        const bool blocks = f.sets.kind == TABLE;
+        for (int64_t r = begin; r < end;) {
+            Row row = range.base;
             int64_t dim = 0;
             for (int64_t d = 0; d < n - 1; ++d) {
-                if (size[d] < 0) member(base, range.first + at[d]);
-                else go(base, f.inner[dim++], at[d]);
+                if (size[d] < 0) member(row, range.first + at[d]);
+                else go(row, f.inner[dim++], at[d]);
             }
-            int64_t last = n ? std::abs(size[n - 1]) : 1, i = n ? at[n - 1] : 0;
-            for (; i < last && r < end; ++i, ++r) {
-                Row& row = batch[filled];
-                row = base;
-                if (n) {
-                    if (size[n - 1] < 0) member(row, range.first + i);
-                    else go(row, f.inner[f.n_inner - 1], i);
-                }
-                if (f.param_label) row.at[PARAM] += f.param_label[row.at[PARAM_LABEL]];
-                if (filled && row.at[SET_BLOCK] != batch[0].at[SET_BLOCK]) {
-                    Row next = row;
-                    visit(batch, filled);
-                    batch[0] = next;
-                    filled = 0;
-                }
-                if (++filled == BATCH) {
+            int64_t i = n ? at[n - 1] : 0, stop = std::min(i + end - r, n ? std::abs(size[n - 1]) : 1);
+            const Row base = row;
+            if (n && !ordered) go(row, *last, size[n - 1] < 0 ? range.first + i : i);
+            for (r += stop - i; i < stop; ++i) {
+                if (ordered) member(row = base, range.first + i);
+                if (blocks && filled && row.at[SET_BLOCK] != batch[0].at[SET_BLOCK]) {
                     visit(batch, filled);
                     filled = 0;
                 }
+                Row& next = batch[filled++] = row;
+                if (f.param_label) next.at[PARAM] += f.param_label[row.at[PARAM_LABEL]];
+                if (filled == BATCH) {
+                    visit(batch, filled);
+                    filled = 0;
+                }
+                if (n && !ordered)
+                    for (int s = 0; s < STEPS; ++s) row.at[s] += last->step[s];
             }
             for (int64_t d = n - 2; d >= 0; --d) {
                 if (++at[d] < std::abs(size[d])) break;
@@ -113,22 +116,28 @@ class Walk {
         if (filled) visit(batch, filled);
     }
 
-    // Spans of columns begin..end, at most TILE wide: f(begin, end, id of the set, or -1 if every column has its own).
+    // Whether sums are kept column by column, to be shared by many rows, and not run by run.
+    bool by_column(int64_t rows, int64_t shortest) const {
+        if (f.sets.kind != TABLE) return f.sets.kind == EACH;
+        return f.sets.mean_run < (rows >= MANY ? SPLIT : shortest);
+    }
+
+    // Spans of columns begin..end that meet one set, at most TILE wide: f(begin, end, id of the set).
     template <class F>
-    void spans(const Column& column, int64_t block, int64_t begin, int64_t end, F&& visit) const {
-        if (column.kind == TABLE && !column.short_runs) {
-            const int32_t* runs = column.runs;
-            const int32_t* table = column.table + block * f.columns;
-            int64_t i = column.run_ptr[block], stop = column.run_ptr[block + 1];
-            if (begin) i = std::upper_bound(runs + i, runs + stop, int32_t(begin)) - runs - 1;
-            for (; i < stop && runs[i] < end; ++i) {
-                int64_t from = std::max<int64_t>(runs[i], begin);
-                int64_t to = std::min(i + 1 < stop ? int64_t(runs[i + 1]) : f.columns, end);
-                for (; from < to; from += TILE) visit(from, std::min(from + TILE, to), int64_t(table[from]));
-            }
-        } else {
-            for (int64_t k = begin; k < end; k += TILE)
-                visit(k, std::min(k + TILE, end), column.kind == ONE ? int64_t(0) : int64_t(-1));
+    void runs(int64_t block, int64_t begin, int64_t end, F&& visit) const {
+        const Column& column = f.sets;
+        if (column.kind == ONE) {
+            for (int64_t k = begin; k < end; k += TILE) visit(k, std::min(k + TILE, end), int64_t(0));
+            return;
+        }
+        const int32_t* first = column.runs;
+        const int32_t* table = column.table + block * f.columns;
+        int64_t i = column.run_ptr[block], stop = column.run_ptr[block + 1];
+        if (begin) i = std::upper_bound(first + i, first + stop, int32_t(begin)) - first - 1;
+        for (; i < stop && first[i] < end; ++i) {
+            int64_t from = std::max<int64_t>(first[i], begin);
+            int64_t to = std::min(i + 1 < stop ? int64_t(first[i + 1]) : f.columns, end);
+            for (; from < to; from += TILE) visit(from, std::min(from + TILE, to), int64_t(table[from]));
         }
     }
 

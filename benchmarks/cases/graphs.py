@@ -1,0 +1,212 @@
+"""Graphs: nodes in segments, sorted and not, and PyTorch Geometric's own classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexnorm import Partition, normalize
+
+from .. import gate, handmade
+from ..case import EPS, Case, Contender, Data, fill, randn
+
+
+def _nodes(
+    sizes: list[int], channels: int, generator: torch.Generator, *, groups: int | None = None, shuffled: bool = False
+) -> Data:
+    graph = Partition.from_sizes(sizes)
+    if shuffled:
+        graph = Partition(graph.ids[torch.randperm(sum(sizes), generator=generator)], graph.count)
+    made = Data(
+        x=randn((sum(sizes), channels), generator),
+        weight=channels,
+        bias=channels,
+        over=(channels,),
+        valid=None,
+        groups=groups,
+        graph=graph,
+        ids=graph.ids,
+        count=graph.count,
+        sizes=sizes,
+        sizes_of_sets=graph.counts.float(),
+    )
+    if shuffled:
+        made.order = graph.order
+        made.back, made.sorted_ids = torch.argsort(graph.order), graph.ids[graph.order]
+    return made
+
+
+def _molecules(scale: float, generator: torch.Generator, groups: int | None = None) -> Data:
+    sizes = torch.randint(20, 31, (max(2, round(4096 * scale)),), generator=generator).tolist()
+    made = _nodes(sizes, 128, generator, groups=groups)
+    made.longest = max(sizes)
+    first = made.graph.offsets[:-1]
+    made.slots = made.ids * made.longest + torch.arange(sum(sizes)) - first[made.ids]
+    made.filled = (torch.arange(made.longest) < made.graph.counts.unsqueeze(1)).unsqueeze(2)
+    return made
+
+
+def _power_law(shuffled: bool) -> Callable[..., Data]:
+    def make(scale: float, generator: torch.Generator) -> Data:
+        # 300k nodes: x alone is more than four times a cache of 36 MiB
+        total = max(16, round(300_000 * scale))
+        sizes = fill(total, lambda: min(20_000, 4 * (1 - torch.rand((), generator=generator).item()) ** (-1 / 1.2)))
+        return _nodes(sizes, 128, generator, shuffled=shuffled)
+
+    return make
+
+
+def _one_graph(scale: float, generator: torch.Generator) -> Data:
+    return _nodes([max(16, round(500_000 * scale))], 64, generator)
+
+
+def _reference(d: Data) -> tuple[Tensor, Tensor]:
+    v, c = d.x.shape
+    z, ratio = gate.labelled(d.x.view(v, d.groups, -1) if d.groups else d.x.view(v, c, 1), d.ids, d.count)
+    return z.reshape(v, c), ratio.expand_as(z).reshape(v, c)
+
+
+def _ours(d: Data) -> Tensor:
+    return normalize(d.x, "v c -> graph[v] c", graph=d.graph, weight=d.weight, bias=d.bias, affine="c")
+
+
+_INDEX_ADD = Contender("index_add", handmade.index_add, formula=True)
+_SCATTER = Contender("scatter_reduce", handmade.scatter_reduce)
+_SEGMENT = Contender("segment_reduce", handmade.segment_reduce)
+_LOOP = Contender("loop of var_mean", handmade.loop)
+
+
+def _pyg(d: Data) -> Tensor:
+    """PyG's InstanceNorm is the same but for the parameters."""
+    from torch_geometric.nn import InstanceNorm
+
+    return torch.addcmul(d.bias, InstanceNorm(d.x.shape[1])(d.x, d.ids, d.count), d.weight)
+
+
+_PYG = [Contender("PyG InstanceNorm", _pyg)] if find_spec("torch_geometric") else []
+
+CASES = [
+    Case(
+        "molecules 4096 graphs x128",
+        "expression",
+        _molecules,
+        _ours,
+        [_INDEX_ADD, _SCATTER, _SEGMENT, _LOOP, Contender("padded, masked", handmade.padded), *_PYG],
+        _reference,
+        quick=True,
+    ),
+    Case(
+        "molecules, group norm 4096 graphs x128",
+        "expression",
+        lambda scale, generator: _molecules(scale, generator, groups=8),
+        lambda d: normalize(
+            d.x, "v (g c) -> graph[v] g", graph=d.graph, g=8, weight=d.weight, bias=d.bias, affine="(g c)"
+        ),
+        [_INDEX_ADD, _SCATTER, _SEGMENT, _LOOP],
+        _reference,
+    ),
+    Case(
+        "one graph 500000x64",
+        "expression",
+        _one_graph,
+        _ours,
+        [
+            Contender(
+                "torch batch_norm", lambda d: F.batch_norm(d.x, None, None, d.weight, d.bias, training=True, eps=EPS)
+            ),
+            Contender("var_mean", lambda d: handmade.pooled(d.x, (0,), d.weight, d.bias), formula=True),
+            _SEGMENT,
+            Contender("index_add", handmade.index_add),
+            *_PYG,
+        ],
+        _reference,
+        sets_survive=False,
+    ),
+    Case(
+        "power-law graphs, sorted 300000x128",
+        "expression",
+        _power_law(shuffled=False),
+        _ours,
+        [_INDEX_ADD, _SCATTER, _SEGMENT, _LOOP, *_PYG],
+        _reference,
+        sets_survive=False,
+    ),
+    Case(
+        "power-law graphs, unsorted 300000x128",
+        "expression",
+        _power_law(shuffled=True),
+        _ours,
+        [_INDEX_ADD, _SCATTER, Contender("sorted, segment_reduce, and back", handmade.sorted_first), *_PYG],
+        _reference,
+        sets_survive=False,
+    ),
+]
+
+
+# --- PyG's classes, and ours under their names: both get the same batch vector ---------------------------------------
+
+
+def _of_classes(name: str, **options: object) -> Callable[..., Data]:
+    def make(scale: float, generator: torch.Generator) -> Data:
+        import torch_geometric.nn as pyg
+
+        from flexnorm import graphs
+
+        made = _molecules(scale, generator)
+        made.weight = made.bias = None
+        first = () if name == "PairNorm" else (128,)
+        made.theirs, made.mine = getattr(pyg, name)(*first, **options), getattr(graphs, name)(*first, **options)
+        return made
+
+    return make
+
+
+def _class_case(
+    name: str, reference: Callable[[Data], tuple[Tensor, Tensor]], *, quick: bool = False, **options: object
+) -> Case:
+    def call(field: str) -> Callable[[Data], Tensor]:
+        if name == "BatchNorm":  # of all nodes, whatever their graph
+            return lambda d: getattr(d, field)(d.x)
+        return lambda d: getattr(d, field)(d.x, d.ids, d.count)
+
+    said = "".join(f", {key}={value}" for key, value in options.items())
+    return Case(
+        f"PyG {name}{said} 4096 graphs x128",
+        "pyg",
+        _of_classes(name, **options),
+        call("mine"),
+        [Contender(f"PyG {name}", call("theirs"), module="theirs")],
+        reference,
+        sets_survive=name != "BatchNorm",
+        quick=quick,
+        module="mine",
+    )
+
+
+def _graphwise(d: Data) -> tuple[Tensor, Tensor]:
+    z, ratio = gate.labelled(d.x.unsqueeze(1), d.ids, d.count)
+    return z.squeeze(1), ratio.squeeze(1)
+
+
+def _pair(d: Data) -> tuple[Tensor, Tensor]:
+    """Centers are those of channels, the length is that of a whole graph."""
+    size = d.sizes_of_sets.double().unsqueeze(1)
+    mean = d.x.new_zeros(d.count, d.x.shape[1]).index_add(0, d.ids, d.x) / size
+    centered = d.x - mean[d.ids]
+    squares = d.x.new_zeros(d.count).index_add(0, d.ids, centered.square().sum(1))
+    sigma = (squares / size.squeeze(1) + EPS).sqrt()
+    return centered / sigma[d.ids].unsqueeze(1), (mean.abs() / sigma.unsqueeze(1)).detach()[d.ids]
+
+
+if find_spec("torch_geometric"):
+    CASES += [
+        _class_case("GraphNorm", _reference, quick=True),
+        _class_case("InstanceNorm", _reference),
+        _class_case("LayerNorm", _graphwise, mode="graph"),
+        _class_case("PairNorm", _pair),
+        _class_case("BatchNorm", lambda d: gate.pooled(d.x, (0,))),
+    ]

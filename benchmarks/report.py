@@ -1,0 +1,186 @@
+"""Results as JSON, as lines while they come, and as tables for the README and the docs, always made from the JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+
+Results = dict[str, Any]
+
+
+def path_of(device: str, threads: int, *, quick: bool = False, partial: bool = False) -> Path:
+    """Quick and partial runs have files of their own, which git ignores: they do not stand for the whole."""
+    return RESULTS / f"{device}-{threads}{'-partial' if partial else ''}{'-quick' if quick else ''}.json"
+
+
+def write(path: Path, results: Results) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(_rounded(results), indent=1, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> Results:
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: run `python -m benchmarks` first, or name another with --results")
+    found: Results = json.loads(path.read_text())
+    return found
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits say all that is known. Infinity, an error that is no number, becomes the largest float."""
+    if isinstance(value, float):
+        return float(f"{min(max(value, -1e308), 1e308):.5g}")
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+# --- what a row says -------------------------------------------------------------------------------------------------
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """A win or a loss has to clear both 1 and the noise of the control row."""
+    ratio, control = row["ratio"], row["control"]
+    if ratio["low"] > max(1.0, control["high"]):
+        return "faster"
+    return "slower" if ratio["high"] < min(1.0, control["low"]) else "same"
+
+
+def peer(row: dict[str, Any], name: str | None = None) -> dict[str, Any]:
+    """The entry of a peer, the best one unless another is named."""
+    found: dict[str, Any] = next(p for p in row["peers"] if p["name"] == (name or row["best"]))
+    return found
+
+
+def failed(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Rows of ours that are wrong. (Those of peers are shown, and stay.)"""
+    return [f"{label(row)}, {row['mode']}: {row['error']:.3g} times the bound" for row in rows if row["error"] > 1]
+
+
+def label(row: dict[str, Any]) -> str:
+    return row["case"] + (" (in cache)" if row["resident"] else "")
+
+
+def _error(value: float) -> str:
+    return f"{value:.2g}" if value <= 1 else f"**{value:.2g}!**"
+
+
+def line(row: dict[str, Any]) -> str:
+    ratio, control, best = row["ratio"], row["control"], peer(row)
+    text = (
+        f"  {label(row):<58.58} {'fwd' if row['mode'] == 'forward' else 'f+b'} {1e3 * row['seconds']:9.3f} ms"
+        f"  eta {row['eta']:4.2f}  x{ratio['median']:<5.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] {verdict(row):<6}"
+        f" control [{control['low']:.2f}, {control['high']:.2f}]  {row['best']}"
+    )
+    if best["error"] > 1:
+        text += f" (its error: {best['error']:.2g} bounds)"
+    return text + (f"  WRONG: {row['error']:.3g} bounds" if row["error"] > 1 else "")
+
+
+def overhead_line(row: dict[str, Any]) -> str:
+    d, c = row["difference"], row["control"]
+    return (
+        f"  {row['case']:<42} {row['mode']:<16} {row['microseconds']:7.1f} us, nn.GroupNorm "
+        f"{row['peer_microseconds']:.1f} us: {d['median']:+.1f} us [{d['low']:+.1f}, {d['high']:+.1f}]"
+        f"  control [{c['low']:+.1f}, {c['high']:+.1f}]"
+    )
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def setting(results: Results) -> str:
+    """One sentence: what this is a result of."""
+    m, v, s = results["machine"], results["versions"], results["settings"]
+    quick = ", a quick run" if s["quick"] else ""
+    threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''} of " if s["device"] == "cpu" else ""
+    return f"{threads}{m['processor']} ({m['cache_mib']:g} MiB cache), torch {v['torch']}, float32{quick}"
+
+
+def short_table(results: Results) -> str:
+    """For the README: how many times the best peer's speed, rows larger than the cache."""
+    lines = [
+        f"Times as fast as the best peer ({setting(results)}):",
+        "",
+        "| case | forward | forward + backward | best peer, forward + backward | saved / input |",
+        "|---|---|---|---|---|",
+    ]
+    for name, modes in _by_case(results, resident=False).items():
+        forward, both = modes.get("forward"), modes.get("forward+backward")
+        if forward is not None and both is not None:
+            lines.append(f"| {name} | {_times(forward)} | {_times(both)} | {_best(both)} | {both['saved']:.2f} |")
+    return "\n".join([*lines, "", *_overhead(results), *_missing(results)])
+
+
+def long_table(results: Results) -> str:
+    """For the docs: everything that a row says."""
+    lines = [
+        f"On {setting(results)}.",
+        "",
+        "![Times as fast as the best peer, and share of the bandwidth of a copy](speed.svg)",
+        "",
+        "| case | mode | ms | eta | times the best peer | control | best peer | error / bound | saved / x | peak / x |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        r, c = row["ratio"], row["control"]
+        peak = results.get("peak", {}).get(f"{row['case']}: flexnorm")
+        lines.append(
+            f"| {label(row)} | {row['mode']} | {1e3 * row['seconds']:.3g} | {row['eta']:.2f} | {_times(row)} "
+            f"[{r['low']:.2f}, {r['high']:.2f}] | [{c['low']:.2f}, {c['high']:.2f}] | {_best(row)} | "
+            f"{_error(row['error'])} | {row['saved']:.2f} | "
+            f"{'' if peak is None or row['resident'] or row['mode'] == 'forward' else f'{peak:.2f}'} |"
+        )
+    return "\n".join([*lines, "", *_overhead(results), *_missing(results)])
+
+
+def _by_case(results: Results, *, resident: bool) -> dict[str, dict[str, dict[str, Any]]]:
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["resident"] == resident:
+            found.setdefault(row["case"], {})[row["mode"]] = row
+    return found
+
+
+def _times(row: dict[str, Any]) -> str:
+    text = f"{row['ratio']['median']:.2f}"
+    if row["error"] > 1:
+        return f"wrong: {row['error']:.2g} bounds"
+    return {"faster": f"**{text}**", "same": f"{text} (noise)", "slower": text}[verdict(row)]
+
+
+def _best(row: dict[str, Any]) -> str:
+    error = peer(row)["error"]
+    return row["best"] + (f" (error {_error(error)})" if error > 1 else "")
+
+
+def _overhead(results: Results) -> list[str]:
+    rows = results["overhead"]
+    if not rows:
+        return []
+    told = ", ".join(
+        f"{row['mode']} {row['difference']['median']:+.1f} us [{row['difference']['low']:+.1f}, "
+        f"{row['difference']['high']:+.1f}]"
+        for row in rows
+    )
+    return [f"One eager call on 2x32x8x8 against `nn.GroupNorm`: {told}."]
+
+
+def _missing(results: Results) -> list[str]:
+    return ["", "Not measured: " + "; ".join(results["missing"]) + "."] if results["missing"] else []
+
+
+def include(path: Path, text: str) -> None:
+    """Puts the text between the markers of a page, in place of what is there."""
+    page = path.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise SystemExit(
+            f"{path}: a table goes between one line {BEGIN} and one line {END} after it; they are not there"
+        )
+    before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
+    path.write_text(f"{before}\n{text}\n{after}")

@@ -1,0 +1,237 @@
+"""The benchmarks compute what they say: contenders agree with float64 on small data, and the arithmetic of the timing
+is right on known numbers. Nothing here is timed."""
+
+import importlib
+import json
+import pathlib
+import sys
+
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
+
+case, gate, measure, memory, report, rows = (
+    importlib.import_module(f"benchmarks.{name}") for name in ("case", "gate", "measure", "memory", "report", "rows")
+)
+main = importlib.import_module("benchmarks.__main__")
+CASES = importlib.import_module("benchmarks.cases").CASES
+SCALE = 5e-4
+
+
+@pytest.mark.parametrize("a_case", CASES, ids=[c.name for c in CASES])
+def test_every_contender_computes_the_case(a_case):
+    found = gate.errors(a_case, [a_case.contender, *a_case.peers], SCALE, "cpu")
+    assert set(found) == {"flexnorm", *(peer.name for peer in a_case.peers)}
+    for name, row in found.items():
+        assert row["forward at 0"] <= 1 and (row["gradient at 0"] or 0) <= 1, f"{name}: {row}"
+    for mode in rows.MODES:  # ours at mean 1000, too; what peers lose there is a result
+        assert gate.worst(found["flexnorm"], mode) <= 1
+
+
+def test_names_are_told_apart():
+    names = [c.name for c in CASES]
+    assert len(set(names)) == len(names)
+    for c in CASES:
+        contenders = ["flexnorm", *(peer.name for peer in c.peers)]
+        assert len(set(contenders)) == len(contenders), c.name
+        assert sum(peer.formula for peer in c.peers) <= 1, c.name
+    assert {c.kind for c in CASES if c.quick} == {c.kind for c in CASES}
+
+
+def a_case(name="layer norm 32x512x768"):
+    return next(c for c in CASES if c.name == name)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "where"),
+    [
+        (lambda d: a_case().ours(d) + 1e-4, "forward at 0"),
+        (lambda d: a_case().ours(d).detach() + d.x * 0 + 0 * d.weight.sum() + 0 * d.bias.sum(), "gradient at 0"),
+        (lambda d: a_case().ours(d) / d.weight.detach(), "forward at 0"),
+        (lambda d: torch.full_like(d.x, torch.nan) * d.x * d.weight * d.bias, "forward at 0"),
+    ],
+    ids=["off by a little", "no gradient", "no weight", "nan"],
+)
+def test_the_gate_shuts(spoil, where):
+    row = gate.errors(a_case(), [case.Contender("spoiled", spoil)], SCALE, "cpu")["spoiled"]
+    assert row[where] > 1
+
+
+def test_padding_is_no_affair_of_the_gate_and_what_is_valid_is():
+    masked = a_case("masked tokens, group norm 32x512x768")
+    left = case.Contender("left", lambda d: masked.ours(d) + (~d.mask).unsqueeze(2) * 7.0)
+    lost = case.Contender("lost", lambda d: masked.ours(d) + d.mask.unsqueeze(2) * 7.0)
+    found = gate.errors(masked, [left, lost], SCALE, "cpu")
+    assert found["left"]["forward at 0"] <= 1 < found["lost"]["forward at 0"]
+
+
+def test_float64_references_on_numbers_that_one_can_check():
+    z, ratio = gate.pooled(torch.tensor([[1.0, 3.0]], dtype=torch.float64), (1,))
+    assert torch.allclose(z, torch.tensor([[-1.0, 1.0]], dtype=torch.float64), atol=1e-4)
+    assert ratio.item() == pytest.approx(2, rel=1e-4)
+    x = torch.tensor([1.0, 3.0, 100.0], dtype=torch.float64)
+    z, _ = gate.pooled(x, (0,), torch.tensor([1.0, 1.0, 0.0]))
+    assert z.tolist() == pytest.approx([-1, 1, 98], rel=1e-4)
+    z, ratio = gate.labelled(
+        torch.tensor([[[1.0]], [[10.0]], [[3.0]], [[30.0]]]).double(), torch.tensor([0, 1, 0, 1]), 2
+    )
+    assert z.flatten().tolist() == pytest.approx([-1, -1, 1, 1], rel=1e-4)
+    assert ratio.flatten().tolist() == pytest.approx([2, 2, 2, 2], rel=1e-4)
+
+
+# --- pairs and intervals ---------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_looked_at_within_a_round():
+    ours = [1.0, 2.0, 4.0, 8.0, 16.0]  # a machine that slows down
+    assert measure.paired([3 * t for t in ours], ours) == measure.Ratio(3, 3, 3)
+
+
+def test_bootstrap_covers_the_median_and_narrows_with_more_rounds():
+    generator = torch.Generator().manual_seed(1)
+    hits, widths = 0, {10: 0.0, 40: 0.0}
+    for _ in range(100):
+        for rounds in widths:
+            got = measure.bootstrap((2 + torch.randn(rounds, generator=generator)).tolist(), resamples=400)
+            assert got.low <= got.median <= got.high
+            widths[rounds] += got.high - got.low
+            hits += got.low <= 2 <= got.high
+    assert 180 <= hits <= 200  # of 200 intervals, 95 in 100 or a few more: of a median they are wide
+    assert widths[40] < 0.7 * widths[10]
+
+
+def test_one_slow_round_moves_nothing():
+    quiet = [1.0] * 10
+    assert measure.paired([2.0] * 9 + [90.0], quiet).median == 2
+
+
+def test_a_palindrome_meets_a_drift_evenly(monkeypatch):
+    clock, order = [0.0], []
+
+    def sample(run, calls, device):
+        clock[0] += 1.0  # each sample is slower than the one before
+        order.append(run())
+        return clock[0]
+
+    monkeypatch.setattr(measure, "sample", sample)
+    runs = {name: lambda name=name: name for name in "abc"}
+    times = measure.palindrome(runs, dict.fromkeys(runs, 1), 2, "cpu")
+    assert "".join(order) == "abccba" * 2
+    assert times["a"] == times["b"] == times["c"] == [3.5, 9.5]
+
+
+def test_buffers_take_turns():
+    seen = []
+    one = case.Contender("one", lambda d: seen.append(d.x) or d.x)
+    run = measure.runner(one, [case.Data(x=1), case.Data(x=2), case.Data(x=3)], "forward")
+    for _ in range(4):
+        run()
+    assert seen == [1, 2, 3, 1]
+
+
+def test_who_is_measured_in_pairs():
+    glance = {"slow": 3.0, "wrong": 1.0, "near": 1.1, "right": 1.2}
+    errors = {"slow": 0.1, "wrong": 9.0, "near": 2.0, "right": 0.5}
+    assert rows._near(glance, errors) == ["wrong", "near", "right"]
+    assert rows._near(glance, {**errors, "near": 0.5}) == ["wrong", "near"]
+    assert rows._near({"only": 1.0}, {"only": 2.0}) == ["only"]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_bytes_counts_a_storage_once_and_no_parameter():
+    x = torch.randn(64, 64, requires_grad=True)
+    weight, other = torch.randn(64, 64, requires_grad=True), torch.randn(64, 64, requires_grad=True)
+    data = case.Data(x=x, weight=weight, bias=None)
+    assert memory.saved_bytes(case.Contender("", lambda d: (d.x * d.x) * d.weight), data) == 2 * x.nbytes  # x, x^2
+    assert memory.saved_bytes(case.Contender("", lambda d: d.x * other), data) == 2 * x.nbytes
+    assert memory.saved_bytes(case.Contender("", lambda d: d.x + other), data) == 0
+
+
+# --- reports ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Rows of a real measurement, of small data in a single pair of rounds."""
+    settings = rows.Settings("cpu", 1, quick=True, cache=16 * 4096)
+    tiny = a_case("packed documents, group norm 16384x1024")
+    notes: list = []
+    measured = [row for c in (a_case(), tiny) for row in rows.measure(c, settings, resident=True, note=notes)]
+    assert notes == []
+    for row in measured:
+        row["resident"] = False  # so that tables and bars take them
+    return {
+        "machine": {"processor": "a <processor>", "cache_mib": 8.0},
+        "versions": {"torch": "2"},
+        "settings": {"quick": True, "threads": 1, "device": "cpu"},
+        "rows": measured,
+        "overhead": [],
+        "peak": {},
+        "missing": ["something"],
+    }
+
+
+def test_rows_say_what_they_promise(results, tmp_path):
+    report.write(tmp_path / "r.json", results)
+    again = report.read(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == again
+    assert [row["mode"] for row in again["rows"]] == list(rows.MODES) * 2
+    for row in again["rows"]:
+        assert row["rounds"] >= 5 and row["error"] <= 1
+        least = 1 if row["mode"] == "forward" else 2.5
+        assert row["eta"] == pytest.approx(least * row["copy_s"] / row["seconds"], rel=0.8)
+        assert report.peer(row)["ratio"] == row["ratio"]
+        assert report.line(row)
+    assert report.failed(again["rows"]) == []
+    worse = {**again["rows"][0], "error": 3.0}
+    assert len(report.failed([worse])) == 1 and "WRONG" in report.line(worse)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"), [(1.2, 1.4, "faster"), (1.05, 1.4, "same"), (0.5, 0.8, "slower"), (0.8, 0.95, "same")]
+)
+def test_a_win_clears_the_noise(low, high, said):
+    row = {"ratio": {"low": low, "high": high}, "control": {"low": 0.9, "high": 1.1}}
+    assert report.verdict(row) == said
+
+
+@pytest.mark.parametrize("table", [report.short_table, report.long_table])
+def test_tables_go_between_the_markers_and_nowhere_else(results, table, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+    for _ in range(2):
+        report.include(page, table(results))
+        text = page.read_text()
+        assert text.startswith("before\n<!-- bench -->\n") and text.endswith("\n<!-- /bench -->\nafter\n")
+        assert "old" not in text and "packed documents" in text and "Not measured: something." in text
+
+
+@pytest.mark.parametrize("text", ["nothing", "<!-- bench --> only", "<!-- /bench --><!-- bench -->"])
+def test_a_page_without_markers_is_refused(text, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    with pytest.raises(SystemExit, match="<!-- bench -->"):
+        report.include(page, "table")
+    assert page.read_text() == text
+
+
+def test_the_chart_is_the_same_for_the_same_numbers(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    chart = importlib.import_module("benchmarks.chart")
+    for name in ("one.svg", "two.svg"):
+        chart.draw(results, tmp_path / name)
+    drawn = (tmp_path / "one.svg").read_text()
+    assert drawn == (tmp_path / "two.svg").read_text()
+    assert "packed documents" in drawn
+
+
+def test_arguments():
+    assert main.arguments([]).threads == "all"
+    with pytest.raises(SystemExit):
+        main.arguments(["--threads", "none"])
+    with pytest.raises(SystemExit, match="run `python -m benchmarks` first"):
+        report.read(pathlib.Path("absent.json"))
