@@ -4,7 +4,7 @@ TORCH ?= torch==2.11.0 torchaudio==2.11.0
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: env demo test test-fast lint format clean
+.PHONY: env demo test test-fast bench bench-quick lint format clean
 
 env: .venv/ready
 
@@ -24,6 +24,13 @@ test: env
 
 test-fast: env
 	$(BIN)/python -m pytest --quiet -n $(JOBS) -m "not slow"
+
+# Prints a table, writes benchmarks/results/*.json and draws docs/speed.svg: see docs/speed.md.
+bench: env
+	$(BIN)/python -m benchmarks
+
+bench-quick: env
+	$(BIN)/python -m benchmarks --quick
 
 lint: env
 	$(BIN)/ruff check .

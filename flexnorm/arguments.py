@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from .axes import Axes, bind, check_operand, check_shape, solve
 from .errors import ShapeError, SpecError, draw, nearest, say, shown
@@ -144,38 +145,120 @@ def as_partition(expr: Expr, lookup: Lookup, value: Any, count: int | None = Non
 
 # --- from arguments to a recipe --------------------------------------------------------------------------------------
 
+Param = tuple[Tensor | None, Tensor | None]  # weight and bias
+MOST = 256  # recipes that a formula keeps
 
-def prepare(
-    spec: Spec,
-    x: Tensor,
-    mask: Tensor | None,
-    options: Options,
-    affines: Sequence[Affine],
-    sizes: Mapping[str, int],
-    labels: Labels,
-) -> tuple[Recipe, Operands]:
-    """Checks everything against the pattern, and says what is to be computed, and with what."""
-    _check_x(spec, x)
-    axes = bind(spec, tuple(x.shape), tuple(sizes.items()))
-    mask_sets = None if mask is None else _check_mask(spec, axes, x, mask)
-    for name, (expr, lookup) in label_names(spec, *(affine.expr for affine in affines)).items():
-        if name not in labels:
-            instead = keyword(name, "ids", "labels")
-            raise SpecError(expr.error(f"label {name!r} is read, and not given", lookup, instead=instead))
-        check_operand(expr, [lookup], f"label {name!r}", labels[name].ids, x)
-        check_shape(expr, f"label {name!r}", "one id at every index", [lookup], labels[name].shape, axes)
-    params, weight, bias = _one(axes, affines, x, labels)
-    recipe = Recipe(
-        sets=sets_of(axes, spec.sets, labels),
-        mask=mask_sets,
-        membership=mask is not None and mask.dtype == torch.bool,
-        params=params,
-        center=options.center,
-        scale=options.scale,
-        eps=options.eps,
-        activation=options.activation,
-    )
-    return recipe, Operands(x, mask, weight, bias)
+
+class Formula:
+    """A pattern with its options: all that is known before the tensors come.
+
+    What it says of tensors depends on their shapes and dtypes only (and on the labels), so it is worked out once for
+    each, and kept.
+
+    Args:
+        affines: the axes of weight and bias, of every stage.
+        sizes: of axes and compositions, as the user told them.
+    """
+
+    def __init__(self, spec: Spec, options: Options, affines: Iterable[Expr], sizes: Mapping[str, int]) -> None:
+        self.spec, self.options, self.affines = spec, options, tuple(affines)
+        self.sizes = tuple(sizes.items())
+        self.lookups = label_names(spec, *self.affines)
+        self._recipes: dict[Any, Recipe] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Formula, (self.spec, self.options, self.affines, dict(self.sizes))
+
+    def prepare(
+        self, x: Tensor, mask: Tensor | None, params: Sequence[Param], labels: Labels
+    ) -> tuple[Recipe, Operands]:
+        """Checks everything against the pattern, and says what is to be computed, and with what."""
+        if type(x) not in _PLAIN or torch.compiler.is_compiling():
+            return self._prepare(x, mask, params, labels)
+        key = (x.shape, x.dtype, x.layout, x.device, _key(mask), *[_key(t) for stage in params for t in stage])
+        kept = self._recipes
+        if self.lookups:
+            partitions = [labels.get(name) for name in self.lookups]
+            if partitions[0] is None or partitions[0].device != x.device:
+                return self._prepare(x, mask, params, labels)
+            kept = partitions[0].kept
+            key = (self, key, *map(id, partitions[1:]))
+        recipe = kept.get(key)
+        if recipe is None:
+            recipe, operands = self._prepare(x, mask, params, labels)
+            if len(kept) >= MOST:
+                kept.clear()
+            kept[key] = recipe
+            return recipe, operands
+        if mask is not None:
+            _check_weights(self.spec, mask)
+        if not params:
+            return recipe, Operands(x, mask)
+        if len(params) == 1:
+            return recipe, Operands(x, mask, *params[0])
+        return recipe, Operands(x, mask, *self._one(recipe.sets.axes, params, x, labels)[1:])
+
+    def _prepare(
+        self, x: Tensor, mask: Tensor | None, params: Sequence[Param], labels: Labels
+    ) -> tuple[Recipe, Operands]:
+        spec = self.spec
+        _check_x(spec, x)
+        axes = bind(spec, tuple(x.shape), self.sizes)
+        mask_sets = None if mask is None else _check_mask(spec, axes, x, mask)
+        for name, (expr, lookup) in self.lookups.items():
+            if name not in labels:
+                instead = keyword(name, "ids", "labels")
+                raise SpecError(expr.error(f"label {name!r} is read, and not given", lookup, instead=instead))
+            check_operand(expr, [lookup], f"label {name!r}", labels[name].ids, x)
+            check_shape(expr, f"label {name!r}", "one id at every index", [lookup], labels[name].shape, axes)
+        sets, weight, bias = self._one(axes, params, x, labels, check=True)
+        recipe = Recipe(
+            sets=sets_of(axes, spec.sets, labels),
+            mask=mask_sets,
+            membership=mask is not None and mask.dtype == torch.bool,
+            params=sets,
+            center=self.options.center,
+            scale=self.options.scale,
+            eps=self.options.eps,
+            activation=self.options.activation,
+        )
+        return recipe, Operands(x, mask, weight, bias)
+
+    def _one(
+        self, axes: Axes, params: Sequence[Param], x: Tensor, labels: Labels, *, check: bool = False
+    ) -> tuple[Sets | None, Tensor | None, Tensor | None]:
+        """All affine stages as one: its sets, weight and bias. Two merge over the axes of both, in float32 or wider."""
+        stages = [
+            (sets_of(axes, expr, labels), weight, bias)
+            for expr, (weight, bias) in zip(self.affines, params, strict=True)
+        ]
+        if check:
+            for sets, weight, bias in stages:
+                _check_params(sets, weight, bias, x)
+        if not stages:
+            return None, None, None
+        if len(stages) == 1:
+            return stages[0]
+        both = sets_of(axes, self.affines[0].union(self.affines[1]), labels)
+
+        def over(sets: Sets, param: Tensor | None) -> Tensor | None:
+            return None if param is None else sets.over(param.to(stat_dtype(x.dtype)), both)
+
+        (weight, bias), (weight2, bias2) = ((over(sets, w), over(sets, b)) for sets, w, b in stages)
+        if weight2 is not None:  # (xhat * weight + bias) * weight2 + bias2
+            weight = weight2 if weight is None else weight * weight2
+            bias = None if bias is None else bias * weight2
+        if bias2 is not None:
+            bias = bias2 if bias is None else bias + bias2
+        return both, *(None if p is None else p.expand(both.shape) for p in (weight, bias))  # type: ignore[return-value]
+
+
+_PLAIN = (Tensor, Parameter)
+
+
+def _key(t: Tensor | None) -> Any:
+    """What checks look at, of a tensor beside x."""
+    return None if t is None else (t.shape, t.dtype, t.layout, t.device) if type(t) in _PLAIN else t
 
 
 def _check_x(spec: Spec, x: Tensor) -> None:
@@ -222,21 +305,28 @@ def _check_mask(spec: Spec, axes: Axes, x: Tensor, mask: Tensor) -> Sets:
         )
     check_operand(spec.mask, where, "the mask", mask, x)
     check_shape(spec.mask, "the mask", "the axes behind the comma", where, mask.shape, axes)
-    if mask.is_floating_point() and readable(mask):
-        weights = mask.detach()
-        good = ((weights >= 0) & weights.isfinite()).all()
-        if mask.device.type != "cpu" or torch.compiler.is_compiling():
-            torch._assert_async(good, "flexnorm: the weights of a floating mask must be finite and not negative")
-        elif not good:
-            raise ShapeError(
-                spec.mask.error(
-                    "the weights of a floating mask are finite and 0 or more",
-                    *where,
-                    received=f"weights from {float(weights.min())} to {float(weights.max())}",
-                    instead="a bool mask; (mask == 0), if this is an additive one with -inf where nothing is valid",
-                )
-            )
+    _check_weights(spec, mask)
     return sets_of(axes, spec.mask)
+
+
+def _check_weights(spec: Spec, mask: Tensor) -> None:
+    """The values of a floating mask."""
+    if not mask.is_floating_point() or not readable(mask):
+        return
+    assert spec.mask is not None
+    weights = mask.detach()
+    good = ((weights >= 0) & weights.isfinite()).all()
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(good, "flexnorm: the weights of a floating mask must be finite and not negative")
+    elif not good:
+        raise ShapeError(
+            spec.mask.error(
+                "the weights of a floating mask are finite and 0 or more",
+                *spec.mask.elements,
+                received=f"weights from {float(weights.min())} to {float(weights.max())}",
+                instead="a bool mask; (mask == 0), if this is an additive one with -inf where nothing is valid",
+            )
+        )
 
 
 def is_wide(t: Tensor) -> bool:
@@ -244,58 +334,25 @@ def is_wide(t: Tensor) -> bool:
     return t.is_floating_point() and t.dtype.itemsize > 1
 
 
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """Weight and bias, and the axes they lie on."""
-
-    expr: Expr
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def check(self, sets: Sets, x: Tensor) -> None:
-        """Whether weight and bias have these axes."""
-        expr = self.expr
-        for name, value in (("weight", self.weight), ("bias", self.bias)):
-            if value is None:
-                continue
-            if not isinstance(value, Tensor) or not is_wide(value):
-                kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else shown(value)
-                raise SpecError(expr.error(f"{name} is a floating tensor", received=kind, instead=f"{name}.float()"))
-            check_operand(expr, expr.elements, name, value, x)
-            if tuple(value.shape) != sets.shape:
-                received = f"{name} of shape {tuple(value.shape)}; {sets.axes.known()}"
-                guess = sets.axes.guess(value.shape)
-                instead = f'"{guess}", if these are its axes' if guess else f"a tensor of shape {sets.shape}"
-                rule = f"{name} has the axes {expr}: shape {sets.shape}"
-                raise ShapeError(expr.error(rule, *expr.elements, received=received, instead=instead))
-        if self.weight is None and self.bias is None:
-            rule = "these are the axes of weight and bias, and neither is given"
-            raise SpecError(expr.error(rule, *expr.elements, instead="weight=w, bias=b, or no affine="))
-
-
-def _one(
-    axes: Axes, affines: Sequence[Affine], x: Tensor, labels: Labels
-) -> tuple[Sets | None, Tensor | None, Tensor | None]:
-    """All affine stages as one: its sets, weight and bias. Two merge over the axes of both, in float32 or wider."""
-    stages = [(sets_of(axes, affine.expr, labels), affine) for affine in affines]
-    for sets, affine in stages:
-        affine.check(sets, x)
-    if not stages:
-        return None, None, None
-    if len(stages) == 1:
-        return stages[0][0], affines[0].weight, affines[0].bias
-    both = sets_of(axes, affines[0].expr.union(affines[1].expr), labels)
-
-    def over(sets: Sets, param: Tensor | None) -> Tensor | None:
-        return None if param is None else sets.over(param.to(stat_dtype(x.dtype)), both)
-
-    (weight, bias), (weight2, bias2) = ((over(sets, a.weight), over(sets, a.bias)) for sets, a in stages)
-    if weight2 is not None:  # (xhat * weight + bias) * weight2 + bias2
-        weight = weight2 if weight is None else weight * weight2
-        bias = None if bias is None else bias * weight2
-    if bias2 is not None:
-        bias = bias2 if bias is None else bias + bias2
-    return both, *(None if p is None else p.expand(both.shape) for p in (weight, bias))  # type: ignore[return-value]
+def _check_params(sets: Sets, weight: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
+    """Whether weight and bias have the axes that these sets name."""
+    expr = sets.expr
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or not is_wide(value):
+            kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else shown(value)
+            raise SpecError(expr.error(f"{name} is a floating tensor", received=kind, instead=f"{name}.float()"))
+        check_operand(expr, expr.elements, name, value, x)
+        if tuple(value.shape) != sets.shape:
+            received = f"{name} of shape {tuple(value.shape)}; {sets.axes.known()}"
+            guess = sets.axes.guess(value.shape)
+            instead = f'"{guess}", if these are its axes' if guess else f"a tensor of shape {sets.shape}"
+            rule = f"{name} has the axes {expr}: shape {sets.shape}"
+            raise ShapeError(expr.error(rule, *expr.elements, received=received, instead=instead))
+    if weight is None and bias is None:
+        rule = "these are the axes of weight and bias, and neither is given"
+        raise SpecError(expr.error(rule, *expr.elements, instead="weight=w, bias=b, or no affine="))
 
 
 def inward_moments(expr: Expr, recipe: Recipe, external: Moments, x: Tensor) -> Moments:

@@ -126,6 +126,10 @@ class Form:
     def ranges(self) -> int:
         return math.prod(dim.size for dim in self.outer) * (1 if self.segments is None else self.segments.groups)
 
+    def __str__(self) -> str:
+        each = "" if self.segments is None else " in all"
+        return f"{self.ranges} closed ranges of {self.rows} rows{each} x {self.columns} columns"
+
     @cached_property
     def rows(self) -> int:
         """Rows of one range, of all groups together where there are segments."""

@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .arguments import (
-    Affine,
+    Formula,
     Label,
     Options,
+    Param,
     as_partition,
     check_eps,
     inward_moments,
     label_names,
-    prepare,
     sort_names,
 )
 from .errors import SpecError, say, shown
-from .kernels import Operands, Recipe, aten, choose, native
+from .kernels import ROOMS, Operands, Recipe, Room, aten, choose, native
 from .partition import Partition
 from .spec import Expr, Spec
 from .statistics import Moments
@@ -97,8 +97,8 @@ def normalize(
         rule = f"{'weight' if weight is not None else 'bias'} is given, and affine= does not say what its axes are"
         received = shown(weight if weight is not None else bias)
         raise SpecError(say(rule, text=spec.text, received=received, instead='affine="c", say'))
-    affines = [] if params is None else [Affine(params, weight, bias)]
-    y, _ = run(spec, x, mask, options, affines, moments, told, partitions)
+    formula = Formula(spec, options, () if params is None else (params,), told)
+    y, _ = run(formula, x, mask, () if params is None else ((weight, bias),), moments, partitions)
     return y
 
 
@@ -122,8 +122,10 @@ def moments(
     """
     spec = Spec.parse(pattern)
     told, partitions = _names(spec, None, sizes, labels, names)
-    recipe, operands = prepare(spec, x, mask, Options(), [], told, partitions)
-    return aten.statistics(recipe, operands).outward(recipe.sets)
+    recipe, operands = Formula(spec, Options(), (), told).prepare(x, mask, (), partitions)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, mask))
+    plan = choose(recipe, operands, differentiated=False, transformed=differentiated or _seen_through((x, mask)))
+    return ROOMS.get(plan.room, aten).statistics(recipe, operands).outward(recipe.sets)  # type: ignore[no-any-return]
 
 
 def _names(
@@ -142,21 +144,22 @@ def _names(
 
 
 def run(
-    spec: Spec,
+    formula: Formula,
     x: Tensor,
     mask: Tensor | None,
-    options: Options,
-    affines: Sequence[Affine],
+    params: Sequence[Param],
     moments: Moments | None,
-    sizes: Mapping[str, int],
     labels: Mapping[str, Partition],
     *,
     tracked: bool = False,
 ) -> tuple[Tensor, Moments | None]:
     """The one way from arguments to a result: prepare, plan, compute. With `tracked`, x's own moments too."""
-    recipe, operands = prepare(spec, x, mask, options, affines, sizes, labels)
-    external = None if moments is None else inward_moments(spec.sets, recipe, moments, x)
-    tensors = [*operands, *(() if external is None else (external.count, external.mean, external.m2))]
+    recipe, operands = formula.prepare(x, mask, params, labels)
+    tensors: Sequence[Tensor | None] = operands
+    external = None
+    if moments is not None:
+        external = inward_moments(formula.spec.sets, recipe, moments, x)
+        tensors = (*operands, external.count, external.mean, external.m2)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     transformed = _seen_through(tensors)
     plan = choose(
@@ -168,24 +171,34 @@ def run(
     )
     if plan.room == "native":
         return native.forward(recipe, operands), None
+    room = ROOMS[plan.room]
     if differentiated and not transformed:
         fields = (None,) * 4 if external is None else (external.count, external.mean, external.m2, external.low)
-        y, *own = _Normalize.apply(recipe, *operands, *fields)  # type: ignore[no-untyped-call]
+        result = _Normalize.apply(recipe, room, tracked, *operands, *fields)  # type: ignore[no-untyped-call]
+        if not tracked:
+            return result, None
+        y, m = result[0], Moments(*result[1:])
+    elif external is None:
+        y, m = room.forward(recipe, operands)
     else:
-        m = aten.statistics(recipe, operands) if external is None else external
-        y, own = aten.apply(recipe, operands, m), [m.count, m.mean, m.m2]
-    return y, Moments(*own).outward(recipe.sets) if tracked else None
+        y, m = room.apply(recipe, operands, external), external
+    return y, m.outward(recipe.sets) if tracked else None
 
 
 def _seen_through(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether somebody has to see the operations themselves, so that no autograd Function may hide them: its forward
-    derivative would be zero, silently."""
-    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+    """Whether somebody has to see the operations themselves, so that no autograd Function and no kernel may hide them:
+    the forward derivative of one would be zero, silently."""
+    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+        return True
+    if torch.compiler.is_compiling() or any(t is not None and type(t) not in _PLAIN for t in tensors):
         return True
     return forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
         for t in tensors
     )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class _Normalize(torch.autograd.Function):
@@ -195,6 +208,8 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any,
         recipe: Recipe,
+        room: Room,
+        tracked: bool,
         x: Tensor,
         mask: Tensor | None,
         weight: Tensor | None,
@@ -203,33 +218,43 @@ class _Normalize(torch.autograd.Function):
         mean: Tensor | None,
         m2: Tensor | None,
         low: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        ctx.recipe, ctx.own = recipe, count is None
+    ) -> Tensor | tuple[Tensor, ...]:
+        ctx.recipe, ctx.room, ctx.own = recipe, room, count is None
         ctx.set_materialize_grads(False)
         operands = Operands(x, mask, weight, bias)
         if count is None or mean is None or m2 is None:
-            y, moments = aten.forward(recipe, operands)
+            y, moments = room.forward(recipe, operands)
         else:
             moments = Moments(count, mean, m2, low)
-            y = aten.apply(recipe, operands, moments)
+            y = room.apply(recipe, operands, moments)
         ctx.save_for_backward(*operands, moments.count, moments.mean, moments.m2, moments.low)
-        if not ctx.own:
-            return (y,)
-        ctx.mark_non_differentiable(moments.count, moments.mean, moments.m2)
-        return y, moments.count, moments.mean, moments.m2
+        if not tracked:
+            return y
+        fields = moments.count.clone(), moments.mean, moments.m2  # a count may be that of every call
+        ctx.mark_non_differentiable(*fields)
+        return y, *fields
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
-        recipe: Recipe = ctx.recipe
+            return (None,) * 11
+        recipe, room = ctx.recipe, ctx.room
         saved = ctx.saved_tensors  # asked for once: checkpointing unpacks each time
         operands, moments = Operands(*saved[:4]), Moments(*saved[4:])
-        if torch.is_grad_enabled() and ctx.own:  # this will be differentiated: let the moments depend on x
-            moments = aten.statistics(recipe, operands)
-        sums = aten.backward_sums(recipe, operands, moments, dy)
+        if torch.is_grad_enabled() or _seen_through((*saved, dy)):  # differentiated again: by the composition
+            room = aten
+            if ctx.own:  # let the moments depend on x
+                moments = aten.statistics(recipe, operands)
         dx = dmask = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            dx, dmask = aten.backward_dx(recipe, operands, moments, dy, sums if ctx.own else None)
-        of_moments = (None,) * 3 if ctx.own else aten.backward_moments(recipe, moments, sums)
-        return (None, dx, dmask, sums.weight, sums.bias, *of_moments, None)
+        of_moments: tuple[Tensor | None, ...] = (None,) * 3
+        wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        if ctx.own and wanted:
+            dx, dmask, dweight, dbias = room.backward(recipe, operands, moments, dy)
+        else:
+            sums = room.backward_sums(recipe, operands, moments, dy)
+            dweight, dbias = sums.weight, sums.bias
+            if not ctx.own:
+                of_moments = aten.backward_moments(recipe, moments, sums)
+                if wanted:
+                    dx, dmask = room.backward_dx(recipe, operands, moments, dy, None)
+        return (None, None, None, dx, dmask, dweight, dbias, *of_moments, None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import Affine, Label, Options, as_partition, check_eps, label_names, sort_names
+from .arguments import Formula, Label, Options, Param, as_partition, check_eps, label_names, sort_names
 from .axes import solve
 from .context import given_here
 from .errors import ShapeError, SpecError, say, shown
@@ -116,6 +116,8 @@ class Norm(nn.Module):
             self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             if bias:
                 self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        exprs = [expr for expr in (self._affine, self._conditional) if expr is not None]
+        self._formula = Formula(self._spec, self._options, exprs, self._sizes)
         self._was_given = False
         self.momentum = _checked(momentum)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
@@ -204,14 +206,17 @@ class Norm(nn.Module):
             if name not in self._lookups or name in self._static:
                 raise self._refused(name, value)
             partitions[name] = self._as_partition(name, value, self._counts.get(name))
-        affines = self._affines(weight, bias)
+        params = self._params(weight, bias)
         running = None
         if moments is None and self.running_mean is not None and self.running_var is not None:
             running = Moments(torch.ones_like(self.running_mean), self.running_mean, self.running_var)
-        options = self._options if self.eps == self._options.eps else replace(self._options, eps=self.eps)
+        formula = self._formula
+        if self.eps != formula.options.eps:  # somebody set it anew
+            options = replace(self._options, eps=self.eps)
+            formula = self._formula = Formula(self._spec, options, formula.affines, self._sizes)
         used = moments if self.training or running is None else running
         tracked = self.training and running is not None
-        y, own = run(self._spec, x, mask, options, affines, used, self._sizes, partitions, tracked=tracked)
+        y, own = run(formula, x, mask, params, used, partitions, tracked=tracked)
         if own is not None and running is not None:
             self._track(running, own)
         return y
@@ -262,9 +267,9 @@ class Norm(nn.Module):
             for element in expr.elements
         )
 
-    def _affines(self, weight: Tensor | None, bias: Tensor | None) -> list[Affine]:
+    def _params(self, weight: Tensor | None, bias: Tensor | None) -> list[Param]:
         """The learned weight and bias, then the given ones."""
-        affines = [] if self._affine is None else [Affine(self._affine, self.weight, self.bias)]
+        params: list[Param] = [] if self._affine is None else [(self.weight, self.bias)]
         if self._conditional is None:
             if weight is not None or bias is not None:
                 raise SpecError(
@@ -275,7 +280,7 @@ class Norm(nn.Module):
                         instead='Norm(..., conditional="b c"), with the axes of weight and bias',
                     )
                 )
-            return affines
+            return params
         if weight is None and bias is None:
             raise SpecError(
                 self._conditional.error(
@@ -285,7 +290,7 @@ class Norm(nn.Module):
                     instead="norm(x, weight=w, bias=b)",
                 )
             )
-        return [*affines, Affine(self._conditional, weight, bias)]
+        return [*params, (weight, bias)]
 
     # --- labels
 

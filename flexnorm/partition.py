@@ -115,6 +115,11 @@ class Partition:
         flat = self.ids.flatten()
         return bool((flat[1:] >= flat[:-1]).all())
 
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What others have worked out for these groups; it goes with them."""
+        return {}
+
     # --- a value -----------------------------------------------------------------------------------------------------
 
     @property

@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from flexnorm import Partition, normalize
-from flexnorm.arguments import Affine, Options, prepare
+from flexnorm.arguments import Formula, Options
 from flexnorm.kernels import Operands, Plan, aten, choose, native, stat_dtype
 from flexnorm.spec import Spec
 
 
 def recipe_for(pattern, x, *, mask=None, affine=None, weight=None, bias=None, sizes=None, labels=None, **options):
     spec = Spec.parse(pattern)
-    affines = [Affine(spec.read(affine, "affine"), weight, bias)] if affine else []
-    return prepare(spec, x, mask, Options(**options), affines, sizes or {}, labels or {})[0]
+    formula = Formula(spec, Options(**options), [spec.read(affine, "affine")] if affine else [], sizes or {})
+    return formula.prepare(x, mask, [(weight, bias)] if affine else [], labels or {})[0]
 
 
 def saved(f):

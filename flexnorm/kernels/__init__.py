@@ -1,7 +1,20 @@
 """The rooms that compute a `Recipe`, and the `Plan` that chooses one."""
 
-from . import aten, native
+from . import aten, cpu, native
 from .interface import Gradients, Operands, Recipe, Room, Sums, stat_dtype
-from .plan import Plan, choose
+from .plan import ROOMS, Plan, choose
 
-__all__ = ["Gradients", "Operands", "Plan", "Recipe", "Room", "Sums", "aten", "choose", "native", "stat_dtype"]
+__all__ = [
+    "Gradients",
+    "Operands",
+    "Plan",
+    "ROOMS",
+    "Recipe",
+    "Room",
+    "Sums",
+    "aten",
+    "choose",
+    "cpu",
+    "native",
+    "stat_dtype",
+]

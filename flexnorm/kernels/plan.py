@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
-from . import native
+from . import aten, cpu, native
 from .interface import Operands, Recipe
 
 
@@ -23,6 +24,9 @@ class Plan:
         return f"{self.room} ({self.reason})"
 
 
+ROOMS: dict[str, ModuleType] = {"cpu": cpu, "aten": aten}
+
+
 def choose(
     recipe: Recipe,
     operands: Operands,
@@ -31,7 +35,7 @@ def choose(
     transformed: bool = False,
     moments: str | None = None,
 ) -> Plan:
-    """The plan for these tensors.
+    """The plan for these tensors; kept for others of their layout.
 
     Args:
         differentiated: a first derivative may be asked for.
@@ -40,11 +44,27 @@ def choose(
     """
     if transformed:
         return Plan("aten", "seen through by torch.func, forward mode or a tracer")
+    x = operands.x
+    key = ("plan", x.stride(), differentiated, moments)
+    plan: Plan | None = recipe.programs.get(key)
+    if plan is None:
+        plan = recipe.programs[key] = _choose(recipe, operands, differentiated, moments)
+    return plan
+
+
+def _choose(recipe: Recipe, operands: Operands, differentiated: bool, moments: str | None) -> Plan:
+    refusal = cpu.refusal(recipe, operands)
+    if refusal is None:
+        form = recipe.form(operands.x)
+        copied = ", after a copy, as no axis of x is contiguous" if form.copied else ""
+        return Plan("cpu", f"compiled: {form}{copied}")
+    if operands.x.device.type != "cpu":
+        refusal = "there is no kernel for this device"
     if moments is not None:
-        return Plan("aten", f"the moments are {moments}")
+        return Plan("aten", f"{refusal}; the moments are {moments}")
     if differentiated:
-        return Plan("aten", "a gradient may be asked for, and torch's norms save more than x for it")
-    refusal = native.refusal(recipe, operands)
-    if refusal is not None:
-        return Plan("aten", refusal)
+        return Plan("aten", f"{refusal}; torch's norms save more than x for a gradient")
+    other = native.refusal(recipe, operands)
+    if other is not None:
+        return Plan("aten", f"{refusal}; {other}")
     return Plan("native", "torch's rms_norm is the same")

@@ -35,9 +35,7 @@ class _Dim(ctypes.Structure):
 
 
 class _Column(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ("kind", "table", "count", "offsets", "runs", "run_ptr", "mean_run")
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in ("kind", "table", "count", "offsets", "runs", "run_ptr", "mean_run")]
 
 
 class _Form(ctypes.Structure):
@@ -243,10 +241,10 @@ def _dims(dims: tuple[Dim, ...]) -> Any:
 
 def _program(recipe: Recipe, x: Tensor) -> Program:
     key = (x.dtype, x.stride())
-    found = recipe.programs.get(key)
+    found: Program | None = recipe.programs.get(key)
     if found is None:
         found = recipe.programs[key] = Program(recipe, x, recipe.form(x))
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 # --- the entry points ------------------------------------------------------------------------------------------------
@@ -305,9 +303,7 @@ def _backward(
     dx = torch.empty_like(x) if what != BACKWARD_SUMS else None
     wanted = what != BACKWARD_DX
     dmask = p.wide(torch.empty(mask.shape)) if mask is not None and p.weighted and dx is not None else None
-    dweight, dbias = (
-        torch.empty(t.shape, dtype=p.dtype) if t is not None and wanted else None for t in (weight, bias)
-    )
+    dweight, dbias = (torch.empty(t.shape, dtype=p.dtype) if t is not None and wanted else None for t in (weight, bias))
     pair = None
     if what == BACKWARD_SUMS:
         grad, grad_xhat = torch.zeros((2, *p.shape), dtype=p.dtype).unbind()

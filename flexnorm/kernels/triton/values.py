@@ -12,14 +12,22 @@ import triton.language as tl
 
 
 @triton.jit
-def counted(mask, at, inside, T: tl.constexpr, MASK: tl.constexpr):
-    """Which elements are members, and how much they weigh. Not in integers: LLVM takes minutes to add up booleans."""
-    if MASK == "bool":
-        inside = inside & (tl.load(mask + at[0], mask=at[1], other=0) != 0)
-    weights = tl.full(inside.shape, 1, T)
-    if MASK == "float":
-        weights = tl.load(mask + at[0], mask=at[1], other=0).to(T)
-    return inside, tl.where(inside, weights, 0)
+def counted(mask, at, inside, live, T: tl.constexpr, MASK: tl.constexpr):
+    """Which elements are members, and how much they weigh.
+
+    `live` is `inside` as a number made without a selection: where one value is selected all over, as a count's 1 is,
+    MLIR's canonicalizer takes minutes to add it up.
+    """
+    weights = live.to(T)
+    if MASK is not None:
+        loaded = tl.load(mask + at[0], mask=at[1], other=0).to(T)
+        if loaded.shape[2] == 1:
+            weights = weights * loaded
+        else:
+            weights = tl.where(inside, loaded, 0)
+        if MASK == "bool":
+            inside = inside & (loaded > 0)
+    return inside, weights
 
 
 @triton.jit
