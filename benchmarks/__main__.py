@@ -70,7 +70,9 @@ def measure(args: argparse.Namespace, threads: int, path: Path) -> int:
         memory = machine.described("cpu")["memory_gib"]
         warm(min(4 if args.quick else 8, memory // 3) << 30)
     cache = machine.cache_bytes(args.device)
-    settings = rows.Settings(args.device, threads, args.quick, cache)
+    deadline = began + (140 if args.quick else 27 * 60)
+    cases_until = deadline if args.quick else deadline - 120  # the rest is for peak memory
+    settings = rows.Settings(args.device, threads, args.quick, cache, cases_until)
     steady = clone_over_copy(cache) if args.device == "cpu" else None
     results: report.Results = {
         "machine": machine.described(args.device),
@@ -96,12 +98,10 @@ def measure(args: argparse.Namespace, threads: int, path: Path) -> int:
     overheads = (args.only or "").lower() in overhead.NAME
     if not chosen and not overheads:
         raise SystemExit(f"no case contains {args.only!r}: --list shows them" + (" (with --quick)" * args.quick))
-    deadline = began + (160 if args.quick else 27 * 60)
     if overheads:
         results["overhead"] = overhead.measure(args.device, settings.rounds)
         print(*map(report.overhead_line, results["overhead"]), sep="\n")
-    cases_until = deadline if args.quick else deadline - 120  # the rest is for peak memory
-    _cases(chosen, settings, results, cases_until)
+    _cases(chosen, settings, results)
     if args.quick:
         results["missing"].append("torch.compile and peak memory (left out by --quick)")
     else:
@@ -113,20 +113,17 @@ def measure(args: argparse.Namespace, threads: int, path: Path) -> int:
     return _finish(args, results, path)
 
 
-def _cases(chosen: list[Case], settings: rows.Settings, results: report.Results, until: float) -> None:
-    longest = 0.0
+def _cases(chosen: list[Case], settings: rows.Settings, results: report.Results) -> None:
     for case in chosen:
-        start = time.monotonic()
-        if start + longest > until:
-            results["missing"].append(f"{case.name} (time is up)")
-            continue
         for resident in (False, True):
+            if time.monotonic() > settings.until:
+                results["missing"].append(f"{case.name}{' (in cache)' * resident} (time is up)")
+                continue
             for row in rows.measure(case, settings, resident=resident, note=results["missing"]):
                 results["rows"].append(row)
                 print(report.line(row), flush=True)
             gc.collect()
         torch._dynamo.reset()
-        longest = max(longest, time.monotonic() - start) if settings.quick else 0.0
 
 
 def _of_peak(results: report.Results) -> list[list[str]]:

@@ -55,23 +55,22 @@ def draw(results: report.Results, path: Path) -> None:
             left.barh(at, [m - 1 for m in medians], 0.34, left=1, color=color, label=mode.replace("+", " + "))
             left.errorbar(medians, at, xerr=whiskers, fmt="none", ecolor=INK, elinewidth=0.8)
             right.barh(at, [row["eta"] for _, row in rows], 0.34, color=color)
-            for y, (_, row), whisker in zip(at, rows, whiskers[1], strict=True):
-                median = row["ratio"]["median"]
-                mark = " !" if row["error"] > 1 else ""
-                beside = max(median, 1) if median >= 1 else median
+            for y, (_, row) in zip(at, rows, strict=True):
+                ratio, mark = row["ratio"], " wrong!" if row["error"] > 1 else ""
+                wins = ratio["median"] >= 1
                 left.annotate(
-                    f"{median:.2g}{mark}" if median < 10 else f"{median:.0f}{mark}",
-                    (beside + (whisker if median >= 1 else -0.0), y),
-                    xytext=(4 if median >= 1 else -4, 0),
+                    f"{ratio['median']:.2g}{mark}" if ratio["median"] < 10 else f"{ratio['median']:.0f}{mark}",
+                    (ratio["high"] if wins else ratio["low"], y),
+                    xytext=(4 if wins else -4, 0),
                     textcoords="offset points",
-                    ha="left" if median >= 1 else "right",
+                    ha="left" if wins else "right",
                     va="center",
                     fontsize=7,
                     color=QUIET,
                 )
         every = [row["ratio"]["median"] for modes in cases.values() for row in modes.values()]
         left.set_xscale("log")
-        left.set_xlim(min(0.7, 0.7 * min(every)), max(1.5, 1.5 * max(every)))
+        left.set_xlim(min(0.7, 0.6 * min(every)), max(1.5, 1.5 * max(every)))
         left.xaxis.set_major_locator(FixedLocator([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50]))
         left.xaxis.set_minor_locator(NullLocator())
         left.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}x"))
@@ -90,9 +89,10 @@ def draw(results: report.Results, path: Path) -> None:
             for side in axes.spines.values():
                 side.set_visible(False)
         figure.legend(*left.get_legend_handles_labels(), loc="upper right", ncols=2, frameon=False)
-        figure.suptitle("flexnorm against the best of its peers", x=0.01, ha="left", fontsize=12, fontweight="bold")
-        figure.text(0.01, 1 - 0.5 / height, report.setting(results), fontsize=8, color=QUIET, va="top")
-        figure.tight_layout(rect=(0, 0, 1, 1 - 0.6 / height))
+        title = "flexnorm against the best of its peers"
+        figure.text(0.01, 1 - 0.12 / height, title, fontsize=12, fontweight="bold", va="top")
+        figure.text(0.01, 1 - 0.36 / height, report.setting(results), fontsize=8, color=QUIET, va="top")
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / height))
         path.parent.mkdir(exist_ok=True)
         figure.savefig(path, facecolor=PAPER, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=110)
         plt.close(figure)

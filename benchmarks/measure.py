@@ -63,12 +63,17 @@ def sample(run: Run, calls: int, device: str) -> float:
     return begin.elapsed_time(end) * 1e-3 / calls
 
 
-def screen(run: Run, device: str, samples: int = 2) -> float:
-    """The least of a few samples after a warm-up: enough to see who is worth a paired measurement."""
-    sample(run, 1, device)
+def screen(run: Run, device: str, best: float = math.inf) -> float:
+    """The lesser of two samples after a warm-up: enough to see who is worth a paired measurement.
+
+    Whose first call takes ten times as long as the `best` so far, and a tenth of a second, is not asked again.
+    """
+    cold = sample(run, 1, device)
+    if cold > max(0.1, 10 * best):
+        return cold
     first = sample(run, 1, device)
     calls = max(1, math.ceil(SAMPLE / first))
-    return min([first] * (calls == 1) + [sample(run, calls, device) for _ in range(samples - (calls == 1))])
+    return min(first if calls == 1 else sample(run, calls, device), sample(run, calls, device))
 
 
 def palindrome(runs: Mapping[str, Run], calls: Mapping[str, int], rounds: int, device: str) -> dict[str, list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,9 @@ MODES = ("forward", "forward+backward")
 NEAR = 1.15
 """Peers within this factor of the fastest, at a first glance, are measured in pairs with us."""
 
+FAR = 3
+"""Beyond this factor a glance is enough."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -28,6 +32,7 @@ class Settings:
     threads: int
     quick: bool
     cache: int
+    until: float = math.inf  # of time.monotonic(): no row begins later
 
     @property
     def rounds(self) -> int:
@@ -65,10 +70,16 @@ def measure(case: Case, settings: Settings, *, resident: bool, note: list[str]) 
     gate_scale = scale * min(1.0, settings.gated / size) if case.sets_survive else scale
     errors = gate.errors(case, [case.contender, *peers], gate_scale, settings.device)
     gc.collect()
-    saved = {c.name: None if c.forward_only else saved_bytes(c, data) / data.x.nbytes for c in [case.contender, *peers]}
+    saved: dict[str, float | None] = dict.fromkeys(peer.name for peer in peers)
+    for contender in [case.contender] if settings.quick else [case.contender, *peers]:
+        if not contender.forward_only:
+            saved[contender.name] = saved_bytes(contender, data) / data.x.nbytes
     buffers = _buffers(data, 1 if resident else max(1, math.ceil(4 * settings.cache / data.x.nbytes)))
     valid = 1.0 if data.valid is None else data.valid.float().mean().item()
     for mode in MODES:
+        if time.monotonic() > settings.until:
+            note.append(f"{case.name}{' (in cache)' if resident else ''}, {mode} (time is up)")
+            continue
         yield {
             "case": case.name,
             "kind": case.kind,
@@ -116,7 +127,9 @@ def _timed(
     runs = {"copy": copier(buffers), ours.name: runner(ours, buffers, mode), "control": runner(ours, buffers, mode)}
     allowed = [p for p in peers if mode == "forward" or not p.forward_only]
     all_runs = {p.name: runner(p, buffers, mode) for p in allowed}
-    glance = {name: screen(run, settings.device) for name, run in all_runs.items()}
+    glance: dict[str, float] = {}
+    for name, run in all_runs.items():
+        glance[name] = screen(run, settings.device, min(glance.values(), default=math.inf))
     wrong = {name: gate.worst(errors[name], mode) for name in [ours.name, *all_runs]}
     runs |= {name: all_runs[name] for name in _near(glance, wrong)}
 
@@ -158,8 +171,9 @@ def _timed(
 
 
 def _near(glance: dict[str, float], wrong: dict[str, float]) -> list[str]:
-    """The fastest and those near it, and the fastest that is right; three at most."""
+    """The fastest and those near it, and the fastest that is right unless it is far away; three at most."""
     order = sorted(glance, key=lambda name: glance[name])
     near = [name for name in order if glance[name] <= NEAR * glance[order[0]]][:2]
     right = next((name for name in order if wrong[name] <= 1), None)
-    return near if right is None or right in near else [*near, right]
+    far = right is None or glance[right] > FAR * glance[order[0]]
+    return near if far or right in near else [*near, right]

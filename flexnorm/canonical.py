@@ -37,6 +37,7 @@ RUN = 4.0  # to begin a run of columns
 WIDE = 4096  # columns whose sums leave the first cache
 MANY = 4  # rows that pay for a sum per column
 ENTRY = 0.5  # to read an entry of a table, of which a tenth is left however many rows share it
+LABEL = 4.0  # to make an entry from labels, which may be others at the next call
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,8 @@ class _Cutter:
             work += ENTRY * 0.1 * (kind != "one" and width > WIDE)
             if kind == "table":
                 blocks = self.blocks(operand, rows, columns)
-                work += ENTRY * self.size(blocks) * width / total + len(blocks)
+                labelled = any(set(label.axes) & set(columns) for label in operand.labels)
+                work += (LABEL if labelled else ENTRY) * self.size(blocks) * width / total + len(blocks)
                 work += RUN / run if operand is self.sets and run >= LONG else ENTRY * max(0.1, 1 / max(1, share))
         return work
 

@@ -136,6 +136,7 @@ def test_who_is_measured_in_pairs():
     errors = {"slow": 0.1, "wrong": 9.0, "near": 2.0, "right": 0.5}
     assert rows._near(glance, errors) == ["wrong", "near", "right"]
     assert rows._near(glance, {**errors, "near": 0.5}) == ["wrong", "near"]
+    assert rows._near({**glance, "right": 5.0}, {**errors, "slow": 2.0}) == ["wrong", "near"]
     assert rows._near({"only": 1.0}, {"only": 2.0}) == ["only"]
 
 

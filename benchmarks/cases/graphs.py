@@ -133,7 +133,6 @@ CASES = [
         _ours,
         [_INDEX_ADD, _SCATTER, _SEGMENT, _LOOP, *_PYG],
         _reference,
-        sets_survive=False,
     ),
     Case(
         "power-law graphs, unsorted 300000x128",
@@ -142,7 +141,6 @@ CASES = [
         _ours,
         [_INDEX_ADD, _SCATTER, Contender("sorted, segment_reduce, and back", handmade.sorted_first), *_PYG],
         _reference,
-        sets_survive=False,
     ),
 ]
 

@@ -259,7 +259,6 @@ def _document_case() -> Case:
             Contender("product with one-hot labels", handmade.one_hot),
         ],
         reference,
-        sets_survive=False,
         quick=True,
     )
 

@@ -8,6 +8,7 @@ Functions of the interface are documented there.
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 from functools import cache
 from pathlib import Path
@@ -56,7 +57,9 @@ _CALL = struct.Struct("=19q")  # what, threads, x, dy, y, mask, weight, bias, me
 
 @cache
 def library() -> Any:
-    """The compiled library, or why there is none."""
+    """The compiled library, or why there is none. FLEXNORM_CPU=0 in the environment leaves it out."""
+    if os.environ.get("FLEXNORM_CPU") == "0":
+        return "the C++ kernels are left out by FLEXNORM_CPU=0"
     path = Path(__file__).with_name("_kernels.so")
     if not path.exists():
         return "the C++ kernels were not built: there was no compiler when flexnorm was installed"

@@ -838,7 +838,10 @@ class Kernel {
     }
 
     // The gradient of a weight: d mean / d w = (x - mean) / n, d var / d w = ((x - mean)^2 - var) / n.
-    static double mask_dot(T xhat, T c1, T c2, T v) { return -double(xhat * c1 + T(0.5) * (xhat * xhat - v) * c2); }
+    static double mask_dot(T xhat, T c1, T c2, T v) {
+        T through_sigma = c2 == 0 ? T(0) : T(0.5) * (xhat * xhat - v) * c2;  // without scale, xhat may be huge
+        return -double(xhat * c1 + through_sigma);
+    }
 
     template <class Xhat, class Formula, class Dot>
     void dx_of(Own& own, const Row& row, int64_t k, int64_t n, double* pm, Xhat&& xhat, Formula&& formula, Dot&& dot) {

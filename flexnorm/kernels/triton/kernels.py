@@ -1,7 +1,8 @@
 """The kernels. Every set, and every slot of a partial result, has one writer; all sums have a fixed order."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
-# ruff: noqa: N803, N806
+# ruff: noqa: N803, N806, RUF059
+# A name that begins with _ may not change its type in a loop, so none is used for what is left unused.
 
 import triton
 import triton.language as tl
@@ -53,7 +54,7 @@ def forward_kernel(
     at, s, first, rows = range_of(q, open, walk, SHAPE)
     j = tl.arange(0, R)[None, :, None]
     here, mask_at, param_at = tile_of(at, s, first, rows, open, j, k, walk, SHAPE)
-    member, weights = counted(mask, mask_at, here[2], here[3], T, MASK)
+    member, weights = counted(mask, mask_at, here[2], T, MASK)
     v = value_of(x, here[0], member, T)
     n, mean, low, m2 = moments_of(v, None, None, weights, T, RULE.center, SHAPE.each, MASK)
     place = at[2]
@@ -64,7 +65,7 @@ def forward_kernel(
     if y is not None:
         factor = inverse_sigma(n.to(T), m2, T, RULE)
         xhat = standardized(v, member, mean, low, factor, RULE.center)
-        z = activated(affine(xhat, weight, bias, param_at, T), RULE.activation)
+        z = activated(affine(xhat, weight, bias, param_at, T), RULE)
         tl.store(y + here[1], tl.where(member, z, 0).to(y.dtype.element_ty), mask=here[2])
 
 
@@ -98,7 +99,7 @@ def moments_kernel(
         j = (t // across) * R + tl.arange(0, R)[None, :, None]
         k = (column if SHAPE.each else t % across) * C + tl.arange(0, C)[None, None, :]
         here, mask_at, param_at = tile_of(at, s, first, rows, True, j, k, walk, SHAPE)
-        member, weights = counted(mask, mask_at, here[2], here[3], T, MASK)
+        member, weights = counted(mask, mask_at, here[2], T, MASK)
         v = value_of(x, here[0], member, T)
         more, other, other_low, other_m2 = moments_of(v, None, None, weights, T, RULE.center, SHAPE.each, MASK)
         n, mean, low, m2 = merged(n, mean, low, m2, more, other, other_low, other_m2, T, RULE.center)
@@ -179,9 +180,9 @@ def apply_kernel(
         j = (t // across) * R + tl.arange(0, R)[None, :, None]
         k = (column if SHAPE.each else t % across) * C + tl.arange(0, C)[None, None, :]
         here, mask_at, param_at = tile_of(at, s, first, rows, True, j, k, walk, SHAPE)
-        member, weights = counted(mask, mask_at, here[2], here[3], T, MASK)
+        member, weights = counted(mask, mask_at, here[2], T, MASK)
         xhat = standardized(value_of(x, here[0], member, T), member, mean, low, factor, RULE.center)
-        z = activated(affine(xhat, weight, bias, param_at, T), RULE.activation)
+        z = activated(affine(xhat, weight, bias, param_at, T), RULE)
         tl.store(y + here[1], tl.where(member, z, 0).to(y.dtype.element_ty), mask=here[2])
 
 
@@ -218,7 +219,7 @@ def backward_kernel(
         place = place + k
         open = open & (k < walk.columns)
     n, mean, low, factor, _ = known(moments, (place, open), T, RULE)
-    member, weights = counted(mask, mask_at, here[2], here[3], T, MASK)
+    member, weights = counted(mask, mask_at, here[2], T, MASK)
     xhat = standardized(value_of(x, here[0], member, T), member, mean, low, factor, RULE.center)
     _, g = before_affine(xhat, value_of(dy, here[1], member, T), weight, bias, param_at, T, RULE)
     sum_g = summed(g, SHAPE.each)
@@ -274,7 +275,7 @@ def sums_kernel(
             set_at = (owner, open)
             weight_at = param_at
         n, mean, low, factor, share = known(moments, set_at, T, RULE)
-        member, weights = counted(mask, mask_at, here[2], here[3], T, MASK)
+        member, weights = counted(mask, mask_at, here[2], T, MASK)
         xhat = standardized(value_of(x, here[0], member, T), member, mean, low, factor, RULE.center)
         if OWNERS == "mask":
             dw = xhat * 0
@@ -366,7 +367,7 @@ def dx_kernel(
         j = (t // across) * R + tl.arange(0, R)[None, :, None]
         k = (column if SHAPE.each else t % across) * C + tl.arange(0, C)[None, None, :]
         here, mask_at, param_at = tile_of(at, s, first, rows, True, j, k, walk, SHAPE)
-        member, weights = counted(mask, mask_at, here[2], here[3], T, MASK)
+        member, weights = counted(mask, mask_at, here[2], T, MASK)
         xhat = standardized(value_of(x, here[0], member, T), member, mean, low, factor, RULE.center)
         dz, g = before_affine(xhat, value_of(dy, here[1], member, T), weight, bias, param_at, T, RULE)
         if sums is not None:

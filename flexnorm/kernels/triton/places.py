@@ -97,7 +97,6 @@ def tile_of(at, s, first, rows, open, j, k, walk, SHAPE: tl.constexpr):
     """
     ALIGNED: tl.constexpr = SHAPE.aligned
     row = open & (j < rows)
-    live = tl.minimum(tl.maximum(rows - j, 0), 1)
     at = rows_of(at, j, first, row, walk, SHAPE)
     x = aligned(at[0], ALIGNED)
     y = aligned(at[1], ALIGNED)
@@ -106,13 +105,11 @@ def tile_of(at, s, first, rows, open, j, k, walk, SHAPE: tl.constexpr):
         begin = aligned(tl.load(start, mask=row, other=0), ALIGNED)
         length = aligned(tl.load(start + 1, mask=row, other=0) - begin, ALIGNED)
         inside = row & (k < length)
-        live = live * tl.minimum(tl.maximum(length - k, 0), 1).to(tl.int32)
         k = begin + k
         if walk.lists is not None:
             k = tl.load(walk.lists + at[5] * walk.columns + k, mask=inside, other=0)
     else:
         inside = row & (k < walk.columns)
-        live = live * tl.minimum(tl.maximum(walk.columns - k, 0), 1)
     mask = at[3]
     masked = row
     if walk.mask_table is not None:
@@ -129,7 +126,7 @@ def tile_of(at, s, first, rows, open, j, k, walk, SHAPE: tl.constexpr):
     elif SHAPE.param_each:
         param = param + k
         given = inside
-    return (x + k, y + k, inside, live), (mask, masked), (param, given)
+    return (x + k, y + k, inside), (mask, masked), (param, given)
 
 
 @triton.jit

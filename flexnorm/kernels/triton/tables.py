@@ -100,8 +100,8 @@ class Blocks(NamedTuple):
 class Limits:
     """Elements of tiles, and programs that fill a GPU."""
 
-    resident: int = 32768  # of a tile that holds a whole range; 64 registers a thread for float32
-    resident_backward: int = 16384  # where x and dy are held
+    resident: int = 16384  # of a tile that holds a whole range; of 32768, registers spill
+    resident_backward: int = 8192  # where x and dy are held
     tile: int = 4096  # of a tile of a range that does not fit
     small: int = 1024  # a smaller tile holds several ranges
     each: int = 64  # columns side by side that are read well, where every column is a set
@@ -132,7 +132,8 @@ def blocks(layout: Layout, limit: int) -> Blocks:
         columns = min(columns, LIMITS.each if layout.shape.each else max(1, LIMITS.tile // 2), LIMITS.tile)
         return Blocks(1, min(height, max(1, LIMITS.tile // columns)), columns, False)
     across = -(-width // columns)
-    ranges = _power(max(1, min(LIMITS.small // (height * columns), layout.ranges * across // 512)))
+    spare = layout.ranges * across // max(1, LIMITS.programs // 4)
+    ranges = _power(max(1, min(LIMITS.small // (height * columns), spare)))
     return Blocks(ranges, height, columns, True)
 
 

@@ -5,29 +5,21 @@ the shape [Q, 1, 1] or [Q, 1, C]. What is masked is replaced before any arithmet
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, import-untyped"
-# ruff: noqa: D103, N803, SIM300
+# ruff: noqa: N803, N806, SIM300
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def counted(mask, at, inside, live, T: tl.constexpr, MASK: tl.constexpr):
-    """Which elements are members, and how much they weigh.
-
-    `live` is `inside` as a number made without a selection: where one value is selected all over, as a count's 1 is,
-    MLIR's canonicalizer takes minutes to add it up.
-    """
-    weights = live.to(T)
-    if MASK is not None:
-        loaded = tl.load(mask + at[0], mask=at[1], other=0).to(T)
-        if loaded.shape[2] == 1:
-            weights = weights * loaded
-        else:
-            weights = tl.where(inside, loaded, 0)
-        if MASK == "bool":
-            inside = inside & (loaded > 0)
-    return inside, weights
+def counted(mask, at, inside, T: tl.constexpr, MASK: tl.constexpr):
+    """Which elements are members, and how much they weigh."""
+    if MASK == "bool":
+        inside = inside & (tl.load(mask + at[0], mask=at[1], other=0) != 0)
+    weights = tl.full(inside.shape, 1, T)
+    if MASK == "float":
+        weights = tl.load(mask + at[0], mask=at[1], other=0).to(T)
+    return inside, tl.where(inside, weights, 0)
 
 
 @triton.jit
@@ -66,8 +58,11 @@ def moments_of(mean, low, m2, weights, T: tl.constexpr, CENTER: tl.constexpr, EA
     the weights: T counts the elements of a tile exactly.
     """
     WEIGHTED: tl.constexpr = MASK == "float" or m2 is not None
+    # What does not depend on the values may be summed up in another layout than theirs, in which every thread holds the
+    # whole tile (compiling then takes minutes). So the count depends on them, which is seen through only later.
+    there = (weights > 0) & ((mean == mean) | (mean != mean))
+    weights = tl.where(there, weights, 0)
     n = summed(weights, EACH)
-    there = weights > 0
     high = n.to(T) * 0
     rest = high
     if CENTER:
@@ -173,25 +168,25 @@ def affine(xhat, weight, bias, at, T: tl.constexpr):
 
 
 @triton.jit
-def activated(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
+def activated(z, RULE: tl.constexpr):
+    if RULE.activation == "relu":
         z = tl.where(z < 0, 0, z)  # NaN stays
-    elif ACTIVATION == "silu":
+    elif RULE.activation == "silu":
         z = z / (1 + tl.exp(-z))
-    elif ACTIVATION == "gelu":
+    elif RULE.activation == "gelu":
         z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
     return z
 
 
 @triton.jit
-def through_activation(z, dy, ACTIVATION: tl.constexpr):
+def through_activation(z, dy, RULE: tl.constexpr):
     """The gradient before the activation."""
-    if ACTIVATION == "relu":
+    if RULE.activation == "relu":
         dy = tl.where(z <= 0, 0, dy)
-    elif ACTIVATION == "silu":
+    elif RULE.activation == "silu":
         s = 1 / (1 + tl.exp(-z))
         dy = dy * s * (1 + z * (1 - s))
-    elif ACTIVATION == "gelu":
+    elif RULE.activation == "gelu":
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
         dy = dy * (0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density)
     return dy
@@ -201,7 +196,7 @@ def through_activation(z, dy, ACTIVATION: tl.constexpr):
 def before_affine(xhat, dy, weight, bias, at, T: tl.constexpr, RULE: tl.constexpr):
     """The gradient before the activation, and the one before weight and bias."""
     if RULE.activation is not None:
-        dy = through_activation(affine(xhat, weight, bias, at, T), dy, RULE.activation)
+        dy = through_activation(affine(xhat, weight, bias, at, T), dy, RULE)
     g = dy
     if weight is not None:
         g = dy * tl.load(weight + at[0], mask=at[1], other=0).to(T)

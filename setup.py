@@ -1,0 +1,97 @@
+"""Builds the C++ kernels (flexnorm/kernels/cpu): a plain shared library, of which Python and torch know nothing.
+
+Without a compiler the package is installed all the same, and says so; it then runs on the composition of torch's
+operations. FLEXNORM_BUILD=required makes a missing library an error, FLEXNORM_BUILD=none leaves it out.
+FLEXNORM_SANITIZE=1 builds it with AddressSanitizer and UBSan (`make asan`).
+"""
+
+import os
+import platform
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+SOURCES = Path("flexnorm/kernels/cpu")
+# Sums are in the order in which they are written, on every machine: no fused or reordered arithmetic.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fno-wrapv"]
+WIDTHS = {"plain": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    WIDTHS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    WIDTHS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    WIDTHS["avx512"] += ["-mprefer-vector-width=512"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
+
+
+class Kernels(build_ext):
+    """Compiles kernel.cpp once for every vector width, and links all with entry.cpp."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_export_symbols(self, ext):
+        return []
+
+    def build_extension(self, ext):
+        """One warning, and no library, if it cannot be built."""
+        wanted = os.environ.get("FLEXNORM_BUILD", "optional")
+        target = Path(self.get_ext_fullpath(ext.name))
+        if wanted == "none":
+            return
+        try:
+            self._build(target)
+        except Exception as error:
+            if wanted == "required":
+                raise
+            target.unlink(missing_ok=True)
+            print(
+                f"warning: flexnorm's C++ kernels were not built ({error}); it will run on torch's operations, "
+                "several times slower on a CPU. With a C++17 compiler: pip install --force-reinstall flexnorm",
+                file=sys.stderr,
+            )
+
+    def _build(self, target):
+        compiler = self.compiler
+        if sys.platform.startswith("linux"):
+            # Only the symbols of OpenMP: they are bound to the runtime that torch has loaded, so there is one pool of
+            # threads. Elsewhere the loops run on one thread.
+            threads = ["-fopenmp"]
+        else:
+            threads = ["-fopenmp-simd"]
+        sanitize = SANITIZE if os.environ.get("FLEXNORM_SANITIZE") else []
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+
+            def compiled(width):
+                source = SOURCES / ("kernel.cpp" if width in WIDTHS else "entry.cpp")
+                return compiler.compile(
+                    [str(source)],
+                    output_dir=os.path.join(scratch, width),
+                    macros=[("ARCH", width)],
+                    extra_postargs=[*FLAGS, *threads, *WIDTHS.get(width, []), *sanitize],
+                )
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = [file for files in pool.map(compiled, [*WIDTHS, "entry"]) for file in files]
+            static = [] if sanitize or sys.platform == "darwin" else ["-static-libstdc++", "-static-libgcc"]
+            compiler.link_shared_object(objects, str(target), extra_postargs=[*static, *sanitize], target_lang="c++")
+
+
+class Wheel(bdist_wheel):
+    """The library serves every Python 3 and every torch of its system, so the wheel does too."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
+headers = sorted(str(path) for path in SOURCES.glob("*.h"))
+setup(
+    ext_modules=[Extension("flexnorm.kernels.cpu._kernels", sources, depends=headers, language="c++")],
+    cmdclass={"build_ext": Kernels, "bdist_wheel": Wheel},
+)
