@@ -68,6 +68,11 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
         return nullcontext(), given(**_values(_HERE.get()))
 
 
+def something_given() -> bool:
+    """Whether any thread is inside of a `given`: mostly none is, and layers need not look further."""
+    return bool(_OPEN)
+
+
 def given_here() -> Mapping[str, Any]:
     """What is given where this is called.
 

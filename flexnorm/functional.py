@@ -21,7 +21,7 @@ from .arguments import (
     sort_names,
 )
 from .errors import SpecError, say, shown
-from .kernels import ROOMS, Operands, Recipe, Room, aten, choose, native
+from .kernels import ROOMS, Operands, Recipe, Room, aten, choose
 from .partition import Partition
 from .spec import Expr, Spec
 from .statistics import Moments
@@ -160,29 +160,32 @@ def run(
     if moments is not None:
         external = inward_moments(formula.spec.sets, recipe, moments, x)
         tensors = (*operands, external.count, external.mean, external.m2)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    differentiated = torch.is_grad_enabled() and _any_requires_grad(tensors)
     transformed = _seen_through(tensors)
-    plan = choose(
-        recipe,
-        operands,
-        differentiated=differentiated,
-        transformed=transformed,
-        moments="given" if external is not None else "asked for" if tracked else None,
-    )
-    if plan.room == "native":
-        return native.forward(recipe, operands), None
+    origin = "given" if external is not None else "asked for" if tracked else None
+    plan = choose(recipe, operands, differentiated=differentiated, transformed=transformed, moments=origin)
     room = ROOMS[plan.room]
     if differentiated and not transformed:
-        fields = (None,) * 4 if external is None else (external.count, external.mean, external.m2, external.low)
-        result = _Normalize.apply(recipe, room, tracked, *operands, *fields)  # type: ignore[no-untyped-call]
+        if external is not None:
+            fields = (external.count, external.mean, external.m2, external.low)
+            return _Apply.apply(recipe, room, *operands, *fields), None  # type: ignore[no-untyped-call]
         if not tracked:
-            return result, None
-        y, m = result[0], Moments(*result[1:])
-    elif external is None:
-        y, m = room.forward(recipe, operands)
-    else:
-        y, m = room.apply(recipe, operands, external), external
-    return y, m.outward(recipe.sets) if tracked else None
+            return _Normalize.apply(recipe, room, False, *operands), None  # type: ignore[no-untyped-call]
+        y, *kept = _Normalize.apply(recipe, room, True, *operands)  # type: ignore[no-untyped-call]
+        return y, room.moments(recipe, operands, tuple(kept)).outward(recipe.sets)
+    if external is not None:
+        return room.apply(recipe, operands, external), None
+    if not tracked:
+        return room.evaluate(recipe, operands), None
+    y, kept = room.forward(recipe, operands)
+    return y, room.moments(recipe, operands, kept).outward(recipe.sets)
+
+
+def _any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
+    for t in tensors:  # noqa: SIM110  # any() of a generator takes twice the time, at every call
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _seen_through(tensors: Iterable[Tensor | None]) -> bool:
@@ -190,19 +193,19 @@ def _seen_through(tensors: Iterable[Tensor | None]) -> bool:
     the forward derivative of one would be zero, silently."""
     if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
         return True
-    if torch.compiler.is_compiling() or any(t is not None and type(t) not in _PLAIN for t in tensors):
+    if torch.compiler.is_compiling():
         return True
+    for t in tensors:
+        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return True
     return forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
         for t in tensors
     )
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
-
 class _Normalize(torch.autograd.Function):
-    """Saves x, the user's own operands and the moments of the sets; nothing else of x's size."""
+    """Saves x, the user's own operands and what the room keeps of the sets; nothing else of x's size."""
 
     @staticmethod
     def forward(
@@ -214,47 +217,59 @@ class _Normalize(torch.autograd.Function):
         mask: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        count: Tensor | None,
-        mean: Tensor | None,
-        m2: Tensor | None,
-        low: Tensor | None,
     ) -> Tensor | tuple[Tensor, ...]:
-        ctx.recipe, ctx.room, ctx.own = recipe, room, count is None
+        y, kept = room.forward(recipe, Operands(x, mask, weight, bias))
+        ctx.recipe, ctx.room = recipe, room
         ctx.set_materialize_grads(False)
-        operands = Operands(x, mask, weight, bias)
-        if count is None or mean is None or m2 is None:
-            y, moments = room.forward(recipe, operands)
-        else:
-            moments = Moments(count, mean, m2, low)
-            y = room.apply(recipe, operands, moments)
-        ctx.save_for_backward(*operands, moments.count, moments.mean, moments.m2, moments.low)
+        ctx.save_for_backward(x, mask, weight, bias, *kept)
         if not tracked:
             return y
-        fields = moments.count.clone(), moments.mean, moments.m2  # a count may be that of every call
-        ctx.mark_non_differentiable(*fields)
-        return y, *fields
+        ctx.mark_non_differentiable(*kept)
+        return y, *kept
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 11
+            return (None,) * 7
         recipe, room = ctx.recipe, ctx.room
         saved = ctx.saved_tensors  # asked for once: checkpointing unpacks each time
-        operands, moments = Operands(*saved[:4]), Moments(*saved[4:])
+        operands, kept = Operands(*saved[:4]), saved[4:]
         if torch.is_grad_enabled() or _seen_through((*saved, dy)):  # differentiated again: by the composition
+            room, kept = aten, aten.forward(recipe, operands)[1]  # of moments that depend on x
+        if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+            return (None, None, None, *room.backward(recipe, operands, kept, dy))
+        sums = room.backward_sums(recipe, operands, room.moments(recipe, operands, kept), dy)
+        return (None, None, None, None, None, sums.weight, sums.bias)
+
+
+class _Apply(torch.autograd.Function):
+    """Normalizes by moments from elsewhere, to which gradients flow."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        recipe: Recipe,
+        room: Room,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *fields: Tensor | None,
+    ) -> Tensor:
+        ctx.recipe, ctx.room = recipe, room
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mask, weight, bias, *fields)
+        return room.apply(recipe, Operands(x, mask, weight, bias), Moments(*fields))  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 10
+        recipe, room = ctx.recipe, ctx.room
+        saved = ctx.saved_tensors
+        operands, moments = Operands(*saved[:4]), Moments(*saved[4:])
+        if torch.is_grad_enabled() or _seen_through((*saved, dy)):
             room = aten
-            if ctx.own:  # let the moments depend on x
-                moments = aten.statistics(recipe, operands)
-        dx = dmask = None
-        of_moments: tuple[Tensor | None, ...] = (None,) * 3
-        wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        if ctx.own and wanted:
-            dx, dmask, dweight, dbias = room.backward(recipe, operands, moments, dy)
-        else:
-            sums = room.backward_sums(recipe, operands, moments, dy)
-            dweight, dbias = sums.weight, sums.bias
-            if not ctx.own:
-                of_moments = aten.backward_moments(recipe, moments, sums)
-                if wanted:
-                    dx, dmask = room.backward_dx(recipe, operands, moments, dy, None)
-        return (None, None, None, dx, dmask, dweight, dbias, *of_moments, None)
+        sums = room.backward_sums(recipe, operands, moments, dy)
+        dx = room.backward_dx(recipe, operands, moments, dy, None)[0] if ctx.needs_input_grad[2] else None
+        return (None, None, dx, None, sums.weight, sums.bias, *aten.backward_moments(recipe, moments, sums), None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .arguments import Formula, Label, Options, Param, as_partition, check_eps, label_names, sort_names
 from .axes import solve
-from .context import given_here
+from .context import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
 from .functional import run
 from .partition import Partition, readable, whole
@@ -167,13 +167,9 @@ class Norm(nn.Module):
             moments: statistics to use instead of x's own.
             labels, **names: the labels that are no part of the layer.
         """
-        for name in names:
-            if name in (labels or {}):
-                received, instead = f"{name}={shown(names[name])}, and again in labels=", "leave one out"
-                raise SpecError(
-                    say(f"{name!r} is given once", text=self._spec.text, received=received, instead=instead)
-                )
-        dynamic = {**names, **(labels or {})}
+        dynamic: dict[str, Label] = names if labels is None else self._both(names, labels)
+        if not (something_given() or self._was_given):
+            return self._normalize(x, mask, weight, bias, moments, dynamic)
         around = given_here()
         from_around: list[str] = []
         if around:
@@ -192,6 +188,15 @@ class Norm(nn.Module):
                 raise
             raise type(error)(f"{error}\n  in:       {self}, inside of given({', '.join(around)})") from None
 
+    def _both(self, names: Mapping[str, Label], labels: Mapping[str, Label]) -> dict[str, Label]:
+        for name in names:
+            if name in labels:
+                received, instead = f"{name}={shown(names[name])}, and again in labels=", "leave one out"
+                raise SpecError(
+                    say(f"{name!r} is given once", text=self._spec.text, received=received, instead=instead)
+                )
+        return {**names, **labels}
+
     def _normalize(
         self,
         x: Tensor,
@@ -201,15 +206,16 @@ class Norm(nn.Module):
         moments: Moments | None,
         dynamic: Mapping[str, Any],
     ) -> Tensor:
-        partitions = self.labels
+        partitions = self.labels if self._static else {}
         for name, value in dynamic.items():
             if name not in self._lookups or name in self._static:
                 raise self._refused(name, value)
             partitions[name] = self._as_partition(name, value, self._counts.get(name))
         params = self._params(weight, bias)
         running = None
-        if moments is None and self.running_mean is not None and self.running_var is not None:
-            running = Moments(torch.ones_like(self.running_mean), self.running_mean, self.running_var)
+        mean, var = self._buffers.get("running_mean"), self._buffers.get("running_var")
+        if moments is None and mean is not None and var is not None:
+            running = Moments(torch.ones_like(mean), mean, var)
         formula = self._formula
         if self.eps != formula.options.eps:  # somebody set it anew
             options = replace(self._options, eps=self.eps)
@@ -269,7 +275,13 @@ class Norm(nn.Module):
 
     def _params(self, weight: Tensor | None, bias: Tensor | None) -> list[Param]:
         """The learned weight and bias, then the given ones."""
-        params: list[Param] = [] if self._affine is None else [(self.weight, self.bias)]
+        params: list[Param] = []
+        if self._affine is not None:
+            own = self._parameters  # self.weight takes a microsecond; parametrizations move it elsewhere
+            if "weight" in own and "bias" in own:
+                params.append((own["weight"], own["bias"]))
+            else:
+                params.append((self.weight, self.bias))
         if self._conditional is None:
             if weight is not None or bias is not None:
                 raise SpecError(

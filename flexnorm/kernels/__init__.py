@@ -1,14 +1,15 @@
 """The rooms that compute a `Recipe`, and the `Plan` that chooses one."""
 
 from . import aten, cpu, native
-from .interface import Gradients, Operands, Recipe, Room, Sums, stat_dtype
+from .interface import Gradients, Kept, Operands, Recipe, Room, Sums, stat_dtype
 from .plan import ROOMS, Plan, choose
 
 __all__ = [
+    "ROOMS",
     "Gradients",
+    "Kept",
     "Operands",
     "Plan",
-    "ROOMS",
     "Recipe",
     "Room",
     "Sums",

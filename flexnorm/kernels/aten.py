@@ -14,12 +14,21 @@ from torch import Tensor
 
 from ..canonical import memory_order
 from ..statistics import Moments, divisor, pool, pool_about_zero
-from .interface import Gradients, Operands, Recipe, Sums, stat_dtype
+from .interface import Gradients, Kept, Operands, Recipe, Sums, stat_dtype
 
 
-def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Moments]:
-    moments = statistics(recipe, operands)
-    return apply(recipe, operands, moments), moments
+def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Kept]:
+    m = statistics(recipe, operands)
+    kept = (m.count, m.mean, m.m2) if m.low is None else (m.count, m.mean, m.m2, m.low)
+    return apply(recipe, operands, m), kept
+
+
+def moments(recipe: Recipe, operands: Operands, kept: Kept) -> Moments:
+    return Moments(*kept)
+
+
+def evaluate(recipe: Recipe, operands: Operands) -> Tensor:
+    return apply(recipe, operands, statistics(recipe, operands))
 
 
 def statistics(recipe: Recipe, operands: Operands) -> Moments:
@@ -38,7 +47,8 @@ def apply(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
     return _outward(recipe, operands, y)
 
 
-def backward(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Gradients:
+def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor) -> Gradients:
+    moments = Moments(*kept)
     sums = backward_sums(recipe, operands, moments, dy)
     dx, dmask = backward_dx(recipe, operands, moments, dy, sums)
     return Gradients(dx, dmask, sums.weight, sums.bias)

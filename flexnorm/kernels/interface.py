@@ -69,6 +69,9 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+Kept = tuple[Tensor, ...]  # what a room's backward pass needs of the moments, in the room's own form
+
+
 class Room(Protocol):
     """The entry points: two fused ones, and the parts that they are made of, which collectives come between.
 
@@ -77,8 +80,14 @@ class Room(Protocol):
     have x's dtype and memory format.
     """
 
-    def forward(self, recipe: Recipe, operands: Operands) -> tuple[Tensor, Moments]:
+    def forward(self, recipe: Recipe, operands: Operands) -> tuple[Tensor, Kept]:
         """`statistics`, then `apply`, in one."""
+
+    def moments(self, recipe: Recipe, operands: Operands, kept: Kept) -> Moments:
+        """The moments that `forward` has kept."""
+
+    def evaluate(self, recipe: Recipe, operands: Operands) -> Tensor:
+        """y alone, where nobody asks for moments or a gradient."""
 
     def statistics(self, recipe: Recipe, operands: Operands) -> Moments:
         """The moments of every set."""
@@ -86,7 +95,7 @@ class Room(Protocol):
     def apply(self, recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
         """y, with these moments."""
 
-    def backward(self, recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Gradients:
+    def backward(self, recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor) -> Gradients:
         """`backward_sums`, then `backward_dx`, in one."""
 
     def backward_sums(self, recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Sums:

@@ -45,7 +45,7 @@ def refusal(recipe: Recipe, operands: Operands) -> str | None:
     return None
 
 
-def forward(recipe: Recipe, operands: Operands) -> Tensor:
+def evaluate(recipe: Recipe, operands: Operands) -> Tensor:
     """y, for a recipe that `refusal` does not refuse."""
     x, _, weight, _ = operands
     columns = math.prod(recipe.sets.axes.sizes[place] for place in _kept_and_pooled(recipe)[1])

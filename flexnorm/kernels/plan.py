@@ -24,7 +24,7 @@ class Plan:
         return f"{self.room} ({self.reason})"
 
 
-ROOMS: dict[str, ModuleType] = {"cpu": cpu, "aten": aten}
+ROOMS: dict[str, ModuleType] = {"cpu": cpu, "native": native, "aten": aten}
 
 
 def choose(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ...canonical import Column, Dim, Form
 from ...statistics import Moments
-from ..interface import Gradients, Operands, Recipe, Sums, stat_dtype
+from ..interface import Gradients, Kept, Operands, Recipe, Sums, stat_dtype
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 KINDS = {"one": 0, "each": 1, "table": 2}
@@ -52,7 +53,8 @@ class _Form(ctypes.Structure):
     ]
 
 
-_CALL = struct.Struct("=19q")  # what, threads, x, dy, y, mask, weight, bias, mean, low, m2, count, count_wide, ...
+NOWHERE = (0, 0, 0, 0, 0)  # nobody asks for the moments
+_CALL = struct.Struct("=18q")  # what, threads, x, dy, y, mask, weight, bias, mean, low, m2, count, count_wide, ...
 
 
 @cache
@@ -171,69 +173,79 @@ class Program:
     def input(self, x: Tensor) -> Tensor:
         return torch.empty_like(x).copy_(x) if self.copied else x
 
-    def output_like(self, t: Tensor, x: Tensor) -> Tensor:
+    def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """dy, with the strides of y."""
-        if t.stride() == self.y_stride and t.dtype == x.dtype:
-            return t
-        return torch.empty_like(x).copy_(t)
+        if dy.stride() == self.y_stride and dy.dtype == x.dtype:
+            return dy
+        return torch.empty_like(x).copy_(dy)
 
     def wide(self, t: Tensor | None) -> Tensor | None:
         """A parameter or weights."""
-        return None if t is None else t.to(self.dtype).contiguous()
+        if t is None or (t.dtype == self.dtype and t.is_contiguous()):
+            return t
+        return t.to(self.dtype).contiguous()
 
-    def mask(self, mask: Tensor | None) -> Tensor | None:
-        return self.wide(mask) if self.weighted else None if mask is None else mask.contiguous()
+    def operands(self, operands: Operands) -> Operands:
+        x, mask, weight, bias = operands
+        if mask is not None:
+            mask = self.wide(mask) if self.weighted else mask.contiguous()
+        return Operands(self.input(x), mask, self.wide(weight), self.wide(bias))
 
-    def moments(self, m: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Mean, low, M2 and count (None if the form knows it)."""
+    def new_moments(self) -> Kept:
+        """Memory for mean, low and M2 of every set, side by side; and for the count, if sets differ in it."""
+        moments = self.new((3, *self.shape), dtype=self.dtype)
+        if self.count is not None:
+            return (moments,)
+        return moments, self.new(self.shape, dtype=self.dtype if self.weighted else torch.int64)
+
+    def places(self, kept: Kept) -> tuple[int, int, int, int, int]:
+        """Where mean, low, M2 and count lie, and whether the count is floating."""
+        at = kept[0].data_ptr()
+        size = self.n_sets * self.size
+        if len(kept) == 1:
+            return at, at + size, at + 2 * size, 0, 0
+        return at, at + size, at + 2 * size, kept[1].data_ptr(), kept[1].is_floating_point()
+
+    def moments(self, m: Moments) -> Kept:
+        """Moments from anywhere."""
         low = torch.zeros_like(m.mean) if m.low is None else m.low
-        count = None if m.count is self.count else m.count.expand(self.shape).contiguous()
-        if count is not None and count.dtype not in (torch.int64, self.dtype):
-            count = count.to(self.dtype)
-        mean, low, m2 = (t.to(self.dtype).expand(self.shape).contiguous() for t in (m.mean, low, m.m2))
-        return mean, low, m2, count
+        packed = torch.stack([t.to(self.dtype).expand(self.shape) for t in (m.mean, low, m.m2)])
+        if m.count is self.count:
+            return (packed,)
+        count = m.count if m.count.dtype == torch.int64 else m.count.to(self.dtype)
+        return packed, count.expand(self.shape).contiguous()
 
     def call(
         self,
         what: int,
-        x: Tensor,
-        y: Tensor | None,
         operands: Operands,
-        moments: tuple[Tensor, Tensor, Tensor, Tensor | None],
-        *,
+        y: Tensor | None,
+        places: tuple[int, int, int, int, int],
         dy: Tensor | None = None,
         dmask: Tensor | None = None,
         dweight: Tensor | None = None,
         dbias: Tensor | None = None,
-        sums: tuple[Tensor, Tensor] | None = None,
+        sums: Sequence[Tensor] = (),
     ) -> None:
-        mean, low, m2, count = moments
+        x, mask, weight, bias = operands
         packed = _CALL.pack(
             what,
             torch.get_num_threads(),
             x.data_ptr(),
-            _at(dy),
-            _at(y),
-            _at(operands.mask),
-            _at(operands.weight),
-            _at(operands.bias),
-            mean.data_ptr(),
-            low.data_ptr(),
-            m2.data_ptr(),
-            _at(count),
-            count is not None and count.is_floating_point(),
-            _at(dmask),
-            _at(dweight),
-            _at(dbias),
-            *((0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())),
-            0,
+            0 if dy is None else dy.data_ptr(),
+            0 if y is None else y.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            *places,
+            0 if dmask is None else dmask.data_ptr(),
+            0 if dweight is None else dweight.data_ptr(),
+            0 if dbias is None else dbias.data_ptr(),
+            sums[0].data_ptr() if sums else 0,
+            sums[1].data_ptr() if sums else 0,
         )
         if self.run(self.at, packed):
             raise MemoryError("flexnorm: no memory for the sums of a kernel")
-
-
-def _at(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _dims(dims: tuple[Dim, ...]) -> Any:
@@ -253,83 +265,80 @@ def _program(recipe: Recipe, x: Tensor) -> Program:
 # --- the entry points ------------------------------------------------------------------------------------------------
 
 
-def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Moments]:
-    x, mask, weight, bias = operands
-    p = _program(recipe, x)
-    y = torch.empty_like(x)
-    operands = Operands(x, p.mask(mask), p.wide(weight), p.wide(bias))
-    moments = _own(p, FORWARD, y, operands)
-    return y, moments
+def evaluate(recipe: Recipe, operands: Operands) -> Tensor:
+    p = _program(recipe, operands.x)
+    y = torch.empty_like(operands.x)
+    p.call(FORWARD, p.operands(operands), y, NOWHERE)
+    return y
+
+
+def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Kept]:
+    p = _program(recipe, operands.x)
+    y = torch.empty_like(operands.x)
+    kept = p.new_moments()
+    p.call(FORWARD, p.operands(operands), y, p.places(kept))
+    return y, kept
+
+
+def moments(recipe: Recipe, operands: Operands, kept: Kept) -> Moments:
+    mean, low, m2 = kept[0].unbind()
+    count = _program(recipe, operands.x).count if len(kept) == 1 else kept[1]
+    return Moments(count, mean, m2, low)  # type: ignore[arg-type]
 
 
 def statistics(recipe: Recipe, operands: Operands) -> Moments:
     p = _program(recipe, operands.x)
-    return _own(p, STATISTICS, None, Operands(operands.x, p.mask(operands.mask)))
-
-
-def _own(p: Program, what: int, y: Tensor | None, operands: Operands) -> Moments:
-    mean, low, m2 = p.new((3, *p.shape), dtype=p.dtype).unbind()
-    count = None if p.count is not None else p.new(p.shape, dtype=p.dtype if p.weighted else torch.int64)
-    p.call(what, p.input(operands.x), y, operands, (mean, low, m2, count))
-    return Moments(p.count if count is None else count, mean, m2, low)  # type: ignore[arg-type]
+    kept = p.new_moments()
+    p.call(STATISTICS, p.operands(Operands(operands.x, operands.mask)), None, p.places(kept))
+    return moments(recipe, operands, kept)
 
 
 def apply(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
-    x, mask, weight, bias = operands
-    p = _program(recipe, x)
-    y = torch.empty_like(x)
-    p.call(APPLY, p.input(x), y, Operands(x, p.mask(mask), p.wide(weight), p.wide(bias)), p.moments(moments))
+    p = _program(recipe, operands.x)
+    y = torch.empty_like(operands.x)
+    kept = p.moments(moments)
+    p.call(APPLY, p.operands(operands), y, p.places(kept))
     return y
 
 
-def backward(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Gradients:
-    dx, dmask, sums = _backward(BACKWARD, recipe, operands, moments, dy, None)
-    return Gradients(dx, dmask, sums.weight, sums.bias)
+def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor) -> Gradients:
+    p = _program(recipe, operands.x)
+    dx = torch.empty_like(operands.x)
+    dmask, dweight, dbias = _gradients(p, operands, mask=True)
+    p.call(BACKWARD, p.operands(operands), dx, p.places(kept), p.gradient(dy, operands.x), dmask, dweight, dbias)
+    return Gradients(dx, *(_as(t, like) for t, like in zip((dmask, dweight, dbias), operands[1:], strict=True)))
 
 
 def backward_sums(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Sums:
-    return _backward(BACKWARD_SUMS, recipe, operands, moments, dy, None)[2]
+    p = _program(recipe, operands.x)
+    kept = p.moments(moments)
+    _, dweight, dbias = _gradients(p, operands, mask=False)
+    sums = grad, grad_xhat = torch.zeros((2, *p.shape), dtype=p.dtype).unbind()
+    dy = p.gradient(dy, operands.x)
+    p.call(BACKWARD_SUMS, p.operands(operands), None, p.places(kept), dy, None, dweight, dbias, sums)
+    return Sums(grad, grad_xhat, _as(dweight, operands.weight), _as(dbias, operands.bias))
 
 
 def backward_dx(
     recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor, sums: Sums | None
 ) -> tuple[Tensor, Tensor | None]:
-    return _backward(BACKWARD_DX, recipe, operands, moments, dy, sums)[:2]
+    p = _program(recipe, operands.x)
+    dx = torch.empty_like(operands.x)
+    kept = p.moments(moments)
+    dmask = None if sums is None else _gradients(p, operands, mask=True)[0]
+    both = () if sums is None else [t.to(p.dtype).expand(p.shape).contiguous() for t in sums[:2]]
+    dy = p.gradient(dy, operands.x)
+    p.call(BACKWARD_DX, p.operands(operands), dx, p.places(kept), dy, dmask, None, None, both)
+    return dx, _as(dmask, operands.mask)
 
 
-def _backward(
-    what: int, recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor, sums: Sums | None
-) -> tuple[Tensor, Tensor | None, Sums]:
-    x, mask, weight, bias = operands
-    p = _program(recipe, x)
-    given = Operands(x, p.mask(mask), p.wide(weight), p.wide(bias))
-    dx = torch.empty_like(x) if what != BACKWARD_SUMS else None
-    wanted = what != BACKWARD_DX
-    dmask = p.wide(torch.empty(mask.shape)) if mask is not None and p.weighted and dx is not None else None
-    dweight, dbias = (torch.empty(t.shape, dtype=p.dtype) if t is not None and wanted else None for t in (weight, bias))
-    pair = None
-    if what == BACKWARD_SUMS:
-        grad, grad_xhat = torch.zeros((2, *p.shape), dtype=p.dtype).unbind()
-        pair = (grad, grad_xhat)
-    elif sums is not None:
-        pair = (sums.grad.expand(p.shape).contiguous(), sums.grad_xhat.expand(p.shape).contiguous())
-    p.call(
-        what,
-        p.input(x),
-        dx,
-        given,
-        p.moments(moments),
-        dy=p.output_like(dy, x),
-        dmask=dmask,
-        dweight=dweight,
-        dbias=dbias,
-        sums=pair,
-    )
-    if dmask is not None and mask is not None:
-        dmask = dmask.to(mask.dtype)
-    if dweight is not None and weight is not None:
-        dweight = dweight.to(weight.dtype)
-    if dbias is not None and bias is not None:
-        dbias = dbias.to(bias.dtype)
-    grads = pair if pair is not None else (moments.mean, moments.mean)
-    return dx if dx is not None else x, dmask, Sums(*grads, dweight, dbias)
+def _gradients(p: Program, operands: Operands, *, mask: bool) -> list[Tensor | None]:
+    """Memory for the gradients of mask, weight and bias."""
+    wanted = (operands.mask if p.weighted and mask else None, operands.weight, operands.bias)
+    return [None if t is None else torch.empty(t.shape, dtype=p.dtype) for t in wanted]
+
+
+def _as(gradient: Tensor | None, operand: Tensor | None) -> Tensor | None:
+    if gradient is None or operand is None or gradient.dtype == operand.dtype:
+        return gradient
+    return gradient.to(operand.dtype)

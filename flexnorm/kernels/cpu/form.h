@@ -52,7 +52,7 @@ struct Call {
     const void* mask;   // uint8, or T
     const void* weight; // T
     const void* bias;   // T
-    void* mean;         // T [n_sets], read or written
+    void* mean;         // T [n_sets], read or written; null: nobody asks for the moments
     void* low;
     void* m2;
     void* count;        // int64 or T (count_wide), null where form.count says it
@@ -62,5 +62,4 @@ struct Call {
     void* dbias;        // T
     void* sum_g;        // T [n_sets], written by the sums, read by dx; null in dx: the moments do not depend on x
     void* sum_gx;
-    int64_t unused;
 };

@@ -348,6 +348,7 @@ class Kernel {
     template <class V, class W>
     void put_sets(void* tensor, const V* values, const Range& range, int64_t begin, int64_t end) const {
         W* t = static_cast<W*>(tensor);
+        if (!t) return;
         if (f.sets.offsets)
             for (int64_t i = begin; i < end; ++i) t[range.set + f.sets.offsets[i]] = W(values[i]);
         else
@@ -380,8 +381,8 @@ class Kernel {
         put_sets<T, T>(c.mean, high, range, begin, end);
         put_sets<T, T>(c.low, low, range, begin, end);
         put_sets<T, T>(c.m2, m2, range, begin, end);
-        if (c.count && c.count_wide) put_sets<double, T>(c.count, count, range, begin, end);
-        else if (c.count) put_sets<double, int64_t>(c.count, count, range, begin, end);
+        if (c.count_wide) put_sets<double, T>(c.count, count, range, begin, end);
+        else put_sets<double, int64_t>(c.count, count, range, begin, end);
         settle(own, begin, end);
     }
 
@@ -414,10 +415,8 @@ class Kernel {
     }
 
     void write_dots(Own& own, const Range& range, int64_t begin, int64_t end) {
-        if (c.sum_g) {
-            put_sets<double, T>(c.sum_g, own.sg.data(), range, begin, end);
-            put_sets<double, T>(c.sum_gx, own.sgx.data(), range, begin, end);
-        }
+        put_sets<double, T>(c.sum_g, own.sg.data(), range, begin, end);
+        put_sets<double, T>(c.sum_gx, own.sgx.data(), range, begin, end);
         share_dots(own, begin, end);
     }
 

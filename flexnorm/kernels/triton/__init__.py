@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...canonical import Form, canonical
 from ...statistics import Moments
-from ..interface import Gradients, Operands, Recipe, Sums, stat_dtype
+from ..interface import Gradients, Kept, Operands, Recipe, Sums, stat_dtype
 from . import tables
 from .tables import Blocks
 
@@ -65,14 +65,24 @@ def _interpreting() -> bool:
 # --- the entry points -------------------------------------------------------------------------------------------------
 
 
-def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Moments]:
+def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Kept]:
     """`statistics`, then `apply`; in one kernel where ranges fit into tiles."""
     call = _Call(recipe, operands)
     if call.tile(tables.LIMITS.resident).resident:
         y = call.like_y()
-        return y, call.moments(_resident(call, y))
+        return y, _kept(call.moments(_resident(call, y)))
     known = _statistics(call)
-    return _apply(call, known), call.moments(known)
+    return _apply(call, known), _kept(call.moments(known))
+
+
+def moments(recipe: Recipe, operands: Operands, kept: Kept) -> Moments:
+    """The moments that `forward` has kept."""
+    return Moments(*kept)
+
+
+def evaluate(recipe: Recipe, operands: Operands) -> Tensor:
+    """y alone; the moments are a few numbers, so they are written all the same."""
+    return forward(recipe, operands)[0]
 
 
 def statistics(recipe: Recipe, operands: Operands) -> Moments:
@@ -86,8 +96,9 @@ def apply(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
     return _apply(_Call(recipe, operands), _inside(recipe, moments))
 
 
-def backward(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Gradients:
+def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor) -> Gradients:
     """`backward_sums`, then `backward_dx`; in one kernel where ranges fit into tiles."""
+    moments = Moments(*kept)
     call = _Call(recipe, operands)
     dy = call.as_y(dy)
     known, weighted = _inside(recipe, moments), call.mask_kind == "float"
@@ -242,6 +253,10 @@ class _Call:
         with device:
             run = getattr(kernels, kernel)[(programs * across,)]
             run(self.layout.walk, **arguments, C=tile.columns, num_warps=warps)
+
+
+def _kept(moments: Moments) -> Kept:
+    return tuple(t for t in (moments.count, moments.mean, moments.m2, moments.low) if t is not None)
 
 
 def _inside(recipe: Recipe, moments: Moments) -> Known:
