@@ -6,7 +6,7 @@ import torch
 
 from flexnorm import Partition, normalize
 from flexnorm.arguments import Formula, Options
-from flexnorm.kernels import Operands, Plan, aten, choose, native, stat_dtype
+from flexnorm.kernels import Operands, Plan, aten, choose, cpu, native, stat_dtype
 from flexnorm.spec import Spec
 
 
@@ -87,6 +87,12 @@ def test_split_entry_points_make_up_the_fused_one(case):
     assert torch.equal(aten.apply(recipe, operands, m), y)
 
 
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """As if the C++ kernels had not been built."""
+    monkeypatch.setattr(cpu, "refusal", lambda recipe, operands: "the C++ kernels were not built")
+
+
 NATIVE = [
     ("... c -> ...", (4, 5, 16), None, None),
     ("... c -> ...", (4, 5, 16), "c", (16,)),
@@ -99,7 +105,7 @@ NATIVE = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("scale", "offset"), [(1, 0), (1e-3, 0), (1e3, 1e6)])
 @pytest.mark.parametrize(("pattern", "shape", "affine", "parameter"), NATIVE)
-def test_native_agrees_with_aten(pattern, shape, affine, parameter, dtype, scale, offset):
+def test_native_agrees_with_aten(no_compiler, pattern, shape, affine, parameter, dtype, scale, offset):
     x = (torch.randn(shape, dtype=torch.float64) * scale + offset).to(dtype)
     weight = torch.randn(parameter, dtype=dtype) if parameter else None
     recipe = recipe_for(
@@ -109,7 +115,7 @@ def test_native_agrees_with_aten(pattern, shape, affine, parameter, dtype, scale
     assert choose(recipe, Operands(x, None, weight), differentiated=False) == Plan(
         "native", "torch's rms_norm is the same"
     )
-    expected, _ = aten.forward(recipe, Operands(x, None, weight))
+    expected = aten.evaluate(recipe, Operands(x, None, weight))
     ours = native.evaluate(recipe, Operands(x, None, weight))
     few = 8 * torch.finfo(dtype).eps  # the mean of squares, its root, two products, on each side
     torch.testing.assert_close(ours, expected, rtol=few, atol=0)
@@ -130,7 +136,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("arguments", "reason"), REFUSED)
-def test_native_refuses_with_a_reason(arguments, reason):
+def test_native_refuses_with_a_reason(no_compiler, arguments, reason):
     arguments = dict(arguments)
     x = torch.randn(4, 8).to(arguments.pop("dtype", torch.float32))
     weight = arguments.pop("weight", None)
@@ -141,12 +147,27 @@ def test_native_refuses_with_a_reason(arguments, reason):
     assert str(plan) == f"aten ({plan.reason})"
 
 
-def test_plan_says_why():
+def test_plan_says_why(no_compiler):
     x = torch.randn(4, 8)
     recipe = recipe_for("n c -> n", x, center=False)
     assert "gradient" in choose(recipe, Operands(x), differentiated=True).reason
     assert "torch.func" in choose(recipe, Operands(x), differentiated=False, transformed=True).reason
     assert "given" in choose(recipe, Operands(x), differentiated=False, moments="given").reason
+    assert "not built" in choose(recipe, Operands(x), differentiated=True).reason
+
+
+@pytest.mark.skipif(isinstance(cpu.library(), str), reason="the C++ kernels are left out")
+def test_plan_of_compiled_kernels():
+    x = torch.randn(4, 8, 6)
+    recipe = recipe_for("n c t -> n", x)
+    for differentiated in (False, True):
+        plan = choose(recipe, Operands(x), differentiated=differentiated)
+        assert str(plan) == "cpu (compiled: 4 closed ranges of 1 rows x 48 columns)"
+    assert (
+        "after a copy"
+        in choose(recipe_for("n c t -> n", x[..., ::2]), Operands(x[..., ::2]), differentiated=False).reason
+    )
+    assert choose(recipe, Operands(x), differentiated=False, transformed=True).room == "aten"
 
 
 def test_train_and_eval_give_the_same_bits_where_one_room_serves_both():

@@ -75,7 +75,7 @@ def run_here(part, **environment):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-SPLIT = tables.Limits(resident=0, resident_backward=0, tile=32, each=4, part=1, programs=2**20)
+SPLIT = tables.Limits(resident=0, resident_backward=0, tile=16, each=4, part=1, programs=2**20)
 
 FUSED = tables.Limits(programs=8)
 

@@ -68,7 +68,7 @@ def moments_of(mean, low, m2, weights, T: tl.constexpr, CENTER: tl.constexpr, EA
     if CENTER:
         filled = n > 0
         divisor = tl.where(filled, n.to(T), 1)
-        shift = tl.where(filled, largest(tl.where(there, mean, float("-inf")), EACH), 0)
+        shift = tl.where(filled, largest(tl.where(there & (mean == mean), mean, float("-inf")), EACH), 0)
         high = shift + summed(weighed(mean - shift, weights, T, WEIGHTED), EACH) / divisor
         deviation = mean - high
         if low is not None:
