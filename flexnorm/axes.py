@@ -45,6 +45,11 @@ class Axes:
     def rank(self) -> int:
         return len(self.sizes)
 
+    @property
+    def symbolic(self) -> bool:
+        """Whether a tracer stands for some of the sizes."""
+        return any(type(size) is not int for size in self.sizes)
+
     def places(self, atoms: Iterable[Atom]) -> tuple[int, ...]:
         """Where the axes of these atoms lie, in their own order."""
         found: list[int] = []
@@ -155,9 +160,15 @@ def _split(spec: Spec, group: Group, size: int, known: dict[str, int], received:
     known[unknown[0].name] = size // product
 
 
-@lru_cache(maxsize=4096)
 def bind(spec: Spec, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...] = ()) -> Axes:
     """Gives every axis of the left side its size in a tensor of this shape. `sizes` are those that the user told."""
+    if all(type(size) is int for size in shape):
+        return _bound(spec, shape, sizes)
+    return _bound.__wrapped__(spec, shape, sizes)  # a tracer's symbols cannot be kept
+
+
+@lru_cache(maxsize=4096)
+def _bound(spec: Spec, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> Axes:
     known = solve(spec, dict(sizes))
     told = dict(known)
     elements = spec.x.elements

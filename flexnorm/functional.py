@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import ops
 from .arguments import (
     Formula,
     Label,
@@ -160,6 +161,9 @@ def run(
     if moments is not None:
         external = inward_moments(formula.spec.sets, recipe, moments, x)
         tensors = (*operands, external.count, external.mean, external.m2)
+    if torch.compiler.is_compiling() and external is None and len(params) < 2 and not _derived(tensors):
+        traced = ops.traced(formula, x, mask, params, labels)
+        return traced[0], Moments(*traced[1:]).outward(recipe.sets) if tracked else None
     differentiated = torch.is_grad_enabled() and _any_requires_grad(tensors)
     transformed = _seen_through(tensors)
     origin = "given" if external is not None else "asked for" if tracked else None
@@ -189,15 +193,20 @@ def _any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def _seen_through(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether somebody has to see the operations themselves, so that no autograd Function and no kernel may hide them:
-    the forward derivative of one would be zero, silently."""
-    if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
-        return True
-    if torch.compiler.is_compiling():
+    """Whether somebody has to see the operations themselves, so that nothing may hide them."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     for t in tensors:
         if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return True
+    return _derived(tensors)
+
+
+def _derived(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether torch.func or forward mode is at work: an operator or an autograd Function would give the derivative
+    zero, silently."""
+    if torch._C._are_functorch_transforms_active():
+        return True
     return forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
         for t in tensors

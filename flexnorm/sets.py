@@ -209,7 +209,7 @@ def sets_of(axes: Axes, expr: Expr, labels: Labels | None = None) -> Sets:
     """The sets that `expr` names; `labels` holds a `Partition` of the right shape for each label in it."""
     lookups = tuple(expr.lookups())
     if not lookups:
-        return _dense(axes, expr)
+        return _dense.__wrapped__(axes, expr) if axes.symbolic else _dense(axes, expr)
     assert labels is not None
     kept = frozenset(term for term in _terms(axes, expr) if isinstance(term, int))
     merges = tuple(_merge(axes, expr, group, kept, labels) for group in _connected(axes, lookups))

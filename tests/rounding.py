@@ -30,6 +30,7 @@ class Expected:
     dbias: tuple | None
     moments: Moments
     spread: torch.Tensor  # of x about the mean of every set, at most
+    terms: dict  # of y and dx: the largest sum of the terms that are added, without their signs
 
 
 def widened(operands: Operands) -> Operands:
@@ -47,6 +48,8 @@ def expected(recipe: Recipe, operands: Operands, dy: torch.Tensor, wide: Recipe)
     """`wide` is the recipe of the same problem in float64."""
     x = operands.x
     eps = torch.finfo(stat_dtype(x.dtype)).eps * (2 if x.dtype == torch.float64 else 1)  # aten is no better then
+    naive = x.numel() * torch.finfo(torch.float64).eps  # the composition sums labels one after another
+    few = FEW * eps + naive
     given, dy = widened(operands), dy.double()
     sets, params, mask = wide.sets, wide.params, wide.mask
     m = aten.statistics(wide, given)
@@ -57,7 +60,7 @@ def expected(recipe: Recipe, operands: Operands, dy: torch.Tensor, wide: Recipe)
 
     # xhat, z, y
     ratio = sets.spread(m.mean).abs() * factor if wide.center else torch.zeros(())
-    e = (4 * (ratio + xhat.abs()) + 8) * eps
+    e = (4 * (ratio + xhat.abs()) + 8) * eps + naive * sets.spread(sets.max(xhat.abs().expand(sets.axes.sizes)))
     most = xhat.abs() + e
     w = torch.ones(()) if given.weight is None else aten._spread_param(wide, given.weight, torch.float64).abs()
     b = torch.zeros(()) if given.bias is None else aten._spread_param(wide, given.bias, torch.float64).abs()
@@ -81,9 +84,9 @@ def expected(recipe: Recipe, operands: Operands, dy: torch.Tensor, wide: Recipe)
     def mean(t):
         return sets.spread(sets.sum(t) / divisor(m.count))
 
-    c1, ec1 = mean(g).abs() * wide.center, mean(eg + eps * g.abs()) * wide.center
+    c1, ec1 = mean(g).abs() * wide.center, mean(eg + few * g.abs()) * wide.center
     c2 = mean(g * xhat).abs() * wide.scale
-    ec2 = mean(eg * most + (g.abs() + eg) * e + FEW * eps * g.abs() * most) * wide.scale
+    ec2 = mean(eg * most + (g.abs() + eg) * e + few * g.abs() * most) * wide.scale
     through = ec1 + most * ec2 + e * c2 + FEW * eps * (c1 + most * c2)
     scale = 1.0 if recipe.membership else weights
     grads = aten.backward(wide, given, (m.count, m.mean, m.m2, *(() if m.low is None else (m.low,))), dy)
@@ -93,17 +96,17 @@ def expected(recipe: Recipe, operands: Operands, dy: torch.Tensor, wide: Recipe)
     if mask is not None and not recipe.membership:
         v = sets.spread(m.var) * factor * factor
         each = e * c1 + most * (ec1 + e * c2) + (most * most + v) * ec2
-        each = each + FEW * eps * (most * c1 + (most * most + v) * c2)
+        each = each + few * (most * c1 + (most * most + v) * c2)
         dmask = _given(grads.mask, mask.outward(mask.sum(each.expand(sets.axes.sizes))), operands.mask)
     dweight = dbias = None
     if operands.weight is not None:
-        each = edz * most + (dz.abs() + edz) * e + FEW * eps * dz.abs() * most
+        each = edz * most + (dz.abs() + edz) * e + few * dz.abs() * most
         dweight = _given(grads.weight, params.outward(params.sum(each)), operands.weight)
     if operands.bias is not None:
-        dbias = _given(grads.bias, params.outward(params.sum(edz + FEW * eps * dz.abs())), operands.bias)
+        dbias = _given(grads.bias, params.outward(params.sum(edz + few * dz.abs())), operands.bias)
     values = aten._values(wide, given, given.x)
-    inside = torch.ones(()) if weights is None else weights
-    spread = sets.max(((values - sets.spread(m.mean)).abs() * (inside > 0)).expand(sets.axes.sizes))
+    away = (values - sets.spread(m.mean) if wide.center else values).abs()
+    spread = sets.max((away * (weights > 0)).expand(sets.axes.sizes)).clamp(min=0)  # of an empty set, 0
     return Expected(
         y=_given(y, ey.expand(sets.axes.sizes).reshape(x.shape), x),
         dx=_given(grads.x, edx.reshape(x.shape), x),
@@ -112,7 +115,12 @@ def expected(recipe: Recipe, operands: Operands, dy: torch.Tensor, wide: Recipe)
         dbias=dbias,
         moments=m,
         spread=spread,
+        terms={"y": _largest(xhat.abs() * w + b), "dx": _largest(factor * (g.abs() + scale * (c1 + xhat.abs() * c2)))},
     )
+
+
+def _largest(t):
+    return t.max() if t.numel() else 0.0
 
 
 def _given(value, error, like):
@@ -139,7 +147,7 @@ def assert_moments(m, wide: Expected, dtype, size):
     ref = wide.moments
     low = 0 if m.low is None else m.low.double()
     if m.count.is_floating_point():
-        torch.testing.assert_close(m.count.double(), ref.count.double(), rtol=FEW * eps + size * tiny, atol=0)
+        torch.testing.assert_close(m.count.double(), ref.count.double().expand(m.count.shape), rtol=FEW * eps + size * tiny, atol=0)
     else:
         assert torch.equal(m.count, ref.count.expand(m.count.shape))
     mean = ref.mean + (0 if ref.low is None else ref.low)

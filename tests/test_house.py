@@ -22,6 +22,7 @@ ORDER = [
     "statistics",
     "kernels",
     "arguments",
+    "ops",
     "functional",
     "context",
     "norm",

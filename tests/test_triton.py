@@ -352,6 +352,7 @@ def test_what_is_masked_never_matters(name, path):
 
 
 @inside
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy, by which the interpreter computes with NaN
 @pytest.mark.parametrize("pattern", ["v c -> graph[v]", "v c -> graph[v] c", "c v -> graph[v] c", "c v -> graph[v]"])
 def test_nan_stays_in_its_set(pattern, path):
     """Groups of very unequal sizes, out of order, some empty."""

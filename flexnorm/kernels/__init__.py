@@ -1,6 +1,6 @@
 """The rooms that compute a `Recipe`, and the `Plan` that chooses one."""
 
-from . import aten, cpu, native
+from . import aten, cpu, native, triton
 from .interface import Gradients, Kept, Operands, Recipe, Room, Sums, stat_dtype
 from .plan import ROOMS, Plan, choose
 
@@ -18,4 +18,5 @@ __all__ = [
     "cpu",
     "native",
     "stat_dtype",
+    "triton",
 ]

@@ -19,12 +19,16 @@ from .interface import Gradients, Kept, Operands, Recipe, Sums, stat_dtype
 
 def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Kept]:
     m = statistics(recipe, operands)
-    kept = (m.count, m.mean, m.m2) if m.low is None else (m.count, m.mean, m.m2, m.low)
-    return apply(recipe, operands, m), kept
+    return apply(recipe, operands, m), keep(recipe, operands, m)
 
 
 def moments(recipe: Recipe, operands: Operands, kept: Kept) -> Moments:
     return Moments(*kept)
+
+
+def keep(recipe: Recipe, operands: Operands, moments: Moments) -> Kept:
+    m = moments
+    return (m.count, m.mean, m.m2) if m.low is None else (m.count, m.mean, m.m2, m.low)
 
 
 def evaluate(recipe: Recipe, operands: Operands) -> Tensor:

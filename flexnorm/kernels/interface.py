@@ -86,6 +86,9 @@ class Room(Protocol):
     def moments(self, recipe: Recipe, operands: Operands, kept: Kept) -> Moments:
         """The moments that `forward` has kept."""
 
+    def keep(self, recipe: Recipe, operands: Operands, moments: Moments) -> Kept:
+        """The reverse: what `forward` would have kept."""
+
     def evaluate(self, recipe: Recipe, operands: Operands) -> Tensor:
         """y alone, where nobody asks for moments or a gradient."""
 

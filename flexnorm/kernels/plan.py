@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
-from . import aten, cpu, native
+from . import aten, cpu, native, triton
 from .interface import Operands, Recipe
 
 
@@ -24,7 +24,7 @@ class Plan:
         return f"{self.room} ({self.reason})"
 
 
-ROOMS: dict[str, ModuleType] = {"cpu": cpu, "native": native, "aten": aten}
+ROOMS: dict[str, Any] = {"cpu": cpu, "triton": triton, "native": native, "aten": aten}
 
 
 def choose(
@@ -53,18 +53,21 @@ def choose(
 
 
 def _choose(recipe: Recipe, operands: Operands, differentiated: bool, moments: str | None) -> Plan:
-    refusal = cpu.refusal(recipe, operands)
-    if refusal is None:
-        form = recipe.form(operands.x)
-        copied = ", after a copy, as no axis of x is contiguous" if form.copied else ""
-        return Plan("cpu", f"compiled: {form}{copied}")
-    if operands.x.device.type != "cpu":
-        refusal = "there is no kernel for this device"
-    if moments is not None:
-        return Plan("aten", f"{refusal}; the moments are {moments}")
-    if differentiated:
-        return Plan("aten", f"{refusal}; torch's norms save more than x for a gradient")
+    x = operands.x
+    on_cpu = x.device.type == "cpu"
+    own = cpu if on_cpu else triton
+    refusal = own.refusal(recipe, operands)
     other = native.refusal(recipe, operands)
+    if moments is not None:
+        other = f"the moments are {moments}"
+    elif differentiated:
+        other = "torch's norms save more than x for a gradient"
+    if refusal is None and not on_cpu and other is None and x.numel() < triton.SMALL:
+        return Plan("native", "torch's rms_norm is the same, and quicker to start for few elements")
+    if refusal is None:
+        form = recipe.form(x)
+        copied = ", after a copy, as no axis of x is contiguous" if form.copied else ""
+        return Plan("cpu" if on_cpu else "triton", f"compiled: {form}{copied}")
     if other is not None:
         return Plan("aten", f"{refusal}; {other}")
     return Plan("native", "torch's rms_norm is the same")

@@ -206,7 +206,7 @@ class Program:
             return at, at + size, at + 2 * size, 0, 0
         return at, at + size, at + 2 * size, kept[1].data_ptr(), kept[1].is_floating_point()
 
-    def moments(self, m: Moments) -> Kept:
+    def keep(self, m: Moments) -> Kept:
         """Moments from anywhere."""
         low = torch.zeros_like(m.mean) if m.low is None else m.low
         packed = torch.stack([t.to(self.dtype).expand(self.shape) for t in (m.mean, low, m.m2)])
@@ -286,6 +286,10 @@ def moments(recipe: Recipe, operands: Operands, kept: Kept) -> Moments:
     return Moments(count, mean, m2, low)  # type: ignore[arg-type]
 
 
+def keep(recipe: Recipe, operands: Operands, moments: Moments) -> Kept:
+    return _program(recipe, operands.x).keep(moments)
+
+
 def statistics(recipe: Recipe, operands: Operands) -> Moments:
     p = _program(recipe, operands.x)
     kept = p.new_moments()
@@ -296,7 +300,7 @@ def statistics(recipe: Recipe, operands: Operands) -> Moments:
 def apply(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
     p = _program(recipe, operands.x)
     y = torch.empty_like(operands.x)
-    kept = p.moments(moments)
+    kept = p.keep(moments)
     p.call(APPLY, p.operands(operands), y, p.places(kept))
     return y
 
@@ -311,7 +315,7 @@ def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor) -> Grad
 
 def backward_sums(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Sums:
     p = _program(recipe, operands.x)
-    kept = p.moments(moments)
+    kept = p.keep(moments)
     _, dweight, dbias = _gradients(p, operands, mask=False)
     sums = grad, grad_xhat = torch.zeros((2, *p.shape), dtype=p.dtype).unbind()
     dy = p.gradient(dy, operands.x)
@@ -324,7 +328,7 @@ def backward_dx(
 ) -> tuple[Tensor, Tensor | None]:
     p = _program(recipe, operands.x)
     dx = torch.empty_like(operands.x)
-    kept = p.moments(moments)
+    kept = p.keep(moments)
     dmask = None if sums is None else _gradients(p, operands, mask=True)[0]
     both = () if sums is None else [t.to(p.dtype).expand(p.shape).contiguous() for t in sums[:2]]
     dy = p.gradient(dy, operands.x)

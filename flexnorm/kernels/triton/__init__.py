@@ -80,6 +80,11 @@ def moments(recipe: Recipe, operands: Operands, kept: Kept) -> Moments:
     return Moments(*kept)
 
 
+def keep(recipe: Recipe, operands: Operands, moments: Moments) -> Kept:
+    """The reverse: what `forward` would have kept."""
+    return _kept(moments)
+
+
 def evaluate(recipe: Recipe, operands: Operands) -> Tensor:
     """y alone; the moments are a few numbers, so they are written all the same."""
     return forward(recipe, operands)[0]

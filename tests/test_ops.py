@@ -1,0 +1,92 @@
+"""The operators: what torch asks of one, and that they compute what the rooms do."""
+
+import cases
+import pytest
+import torch
+
+from flexnorm import normalize, ops
+from flexnorm.arguments import Formula, Options
+from flexnorm.kernels import aten
+from flexnorm.spec import Spec
+
+CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+def arguments(case, **kwargs):
+    """What an operator takes, and the recipe and operands of the rooms."""
+    x, given = cases.arguments(case, **kwargs)
+    spec = Spec.parse(case.pattern)
+    affines = [spec.read(case.affine, "affine")] if case.affine else []
+    formula = Formula(spec, Options(**case.options), affines, case.sizes)
+    mask, weight, bias = (given.get(name) for name in ("mask", "weight", "bias"))
+    partitions = [given["labels"][name] for name in formula.lookups]
+    ids, counts = [p.ids for p in partitions], [p.count for p in partitions]
+    prepared = formula.prepare(x, mask, [(weight, bias)] if affines else [], given["labels"])
+    return (x, mask, weight, bias, ids, counts, ops.written(formula)), prepared
+
+
+@pytest.mark.parametrize("case", **cases.each)
+def test_operators_are_the_composition(case):
+    given, (recipe, operands) = arguments(case)
+    dy = torch.randn(case.shape, dtype=torch.float64)
+    expected, kept = aten.forward(recipe, operands)
+    m = aten.moments(recipe, operands, kept)
+    close = {"rtol": 1e-9, "atol": 1e-10}
+    y, *fields = torch.ops.flexnorm.forward(*given)
+    torch.testing.assert_close(y, expected, **close)
+    for ours, theirs in zip(fields[:3], (m.count, m.mean, m.m2), strict=True):
+        torch.testing.assert_close(ours, theirs.expand(ours.shape), **close)
+    assert all(torch.equal(a, b) for a, b in zip(torch.ops.flexnorm.statistics(*given), fields, strict=True))
+    assert torch.equal(torch.ops.flexnorm.apply(*given, *fields), y)
+    gradients = torch.ops.flexnorm.backward(*given, *fields, dy)
+    wanted = [t for t in aten.backward(recipe, operands, kept, dy) if t is not None]
+    sums = torch.ops.flexnorm.backward_sums(*given, *fields, dy)
+    parts = torch.ops.flexnorm.backward_dx(*given, *fields, dy, *sums[:2]) + sums[2:]
+    for ours, split, theirs in zip(gradients, parts, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, **close)
+        torch.testing.assert_close(split, theirs, **close)
+
+
+@pytest.mark.parametrize("case", cases.CASES[::5], ids=[case.name for case in cases.CASES[::5]])
+def test_operators_are_what_torch_asks_of_one(case):
+    given, _ = arguments(case, dtype=torch.float32)
+    _, *fields = torch.ops.flexnorm.forward(*given)
+    dy = torch.randn(case.shape)
+    sums = torch.ops.flexnorm.backward_sums(*given, *fields, dy)
+    torch.library.opcheck(torch.ops.flexnorm.forward, given, test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.flexnorm.statistics, given, test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.flexnorm.apply, (*given, *fields), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.flexnorm.backward, (*given, *fields, dy), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.flexnorm.backward_sums, (*given, *fields, dy), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.flexnorm.backward_dx, (*given, *fields, dy, *sums[:2]), test_utils=CHECKS)
+
+
+def test_gradients_of_the_operator_are_those_of_eager():
+    case = cases.by_name["weights"]
+    given, _ = arguments(case, requires_grad=True)
+    torch.ops.flexnorm.forward(*given)[0].square().sum().backward()
+    x, kwargs = cases.arguments(case, requires_grad=True)
+    normalize(x, case.pattern, kwargs.pop("mask"), **kwargs).square().sum()
+    ours = [t.grad for t in given[:4]]
+    x, kwargs = cases.arguments(case, requires_grad=True)
+    leaves = cases.leaves(x, kwargs)
+    normalize(x, case.pattern, kwargs.pop("mask"), **kwargs).square().sum().backward()
+    for a, b in zip(ours, leaves, strict=True):
+        torch.testing.assert_close(a, b.grad)
+
+
+def test_operators_are_compiled_whole():
+    case = cases.by_name["token_group"]
+    given, _ = arguments(case, dtype=torch.float32)
+    x, *others = given
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def f(x):
+        return torch.ops.flexnorm.forward(x, *others)[0] * 2
+
+    x = x.requires_grad_()
+    y = f(x)
+    torch.testing.assert_close(y, torch.ops.flexnorm.forward(x, *others)[0] * 2)
+    (a,) = torch.autograd.grad(y.square().sum(), x)
+    (b,) = torch.autograd.grad((torch.ops.flexnorm.forward(x, *others)[0] * 2).square().sum(), x)
+    torch.testing.assert_close(a, b)
