@@ -4,7 +4,7 @@ TORCH ?= torch==2.11.0 torchaudio==2.11.0
 BIN := .venv/bin
 JOBS ?= 2
 
-.PHONY: env demo test test-fast bench bench-quick lint format clean
+.PHONY: env demo test test-fast asan wheel bench bench-quick lint format clean
 
 env: .venv/ready
 
@@ -24,6 +24,14 @@ test: env
 
 test-fast: env
 	$(BIN)/python -m pytest --quiet -n $(JOBS) -m "not slow"
+
+# The C++ kernels under AddressSanitizer and UBSan, built beside the working tree's own. Needs g++.
+asan: env
+	$(BIN)/python tests/asan.py -n $(JOBS)
+
+# A wheel for every Python and torch of this system, in dist/.
+wheel: env
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 # Prints a table, writes benchmarks/results/*.json and draws docs/speed.svg: see docs/speed.md.
 bench: env

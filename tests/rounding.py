@@ -125,7 +125,8 @@ def _largest(t):
 
 def _given(value, error, like):
     """A value with its bound, if it is given in the dtype of `like`."""
-    return value, error + rounded(value.abs() + error, like.dtype)
+    error = error + rounded(value.abs() + error, like.dtype)
+    return value, error.masked_fill(value.abs() + error >= torch.finfo(like.dtype).max, float("inf"))
 
 
 def assert_within(name, ours, pair):

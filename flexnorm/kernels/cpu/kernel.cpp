@@ -63,20 +63,20 @@ class Array {
     int64_t size = 0;
 };
 
-// What is summed of the sets of one range: count, and with d = x - shift the sums of d and d * d.
-// After `close`: the mean is shift + s, and q is M2.
+// What is summed of some sets: the count, and with d = x - shift the sums of d and of d * d.
+// After `close` the mean is shift + s, and q is M2.
 struct Sums {
-    Array<double> n, shift, s, q;
+    double *n, *shift, *s, *q;
 
-    void reserve(int64_t count) { n.reserve(count), shift.reserve(count), s.reserve(count), q.reserve(count); }
+    Sums at(int64_t i) const { return {n + i, shift + i, s + i, q + i}; }
 
-    void clear(int64_t count, bool keep_shift) {
-        fill(n.data(), count, 0.0), fill(s.data(), count, 0.0), fill(q.data(), count, 0.0);
-        if (!keep_shift) fill(shift.data(), count, 0.0);
+    void clear(int64_t count, bool keep_shift) const {
+        fill(n, count, 0.0), fill(s, count, 0.0), fill(q, count, 0.0);
+        if (!keep_shift) fill(shift, count, 0.0);
     }
 
-    void close(int64_t count) {
-        double *RESTRICT n = this->n.data(), *RESTRICT s = this->s.data(), *RESTRICT q = this->q.data();
+    void close(int64_t count) const {
+        double *RESTRICT n = this->n, *RESTRICT s = this->s, *RESTRICT q = this->q;
         SIMD for (int64_t i = 0; i < count; ++i) {
             double d = s[i] / (n[i] > 0 ? n[i] : 1.0), rest = q[i] - s[i] * d;
             s[i] = d;
@@ -85,7 +85,7 @@ struct Sums {
     }
 
     // Chan, Golub, LeVeque 1979; both closed.
-    void merge(int64_t i, Sums& other, int64_t j) {
+    void merge(int64_t i, const Sums& other, int64_t j) const {
         double m = other.n[j];
         if (!(m > 0)) return;
         if (!(n[i] > 0)) {
@@ -99,34 +99,44 @@ struct Sums {
     }
 };
 
+// Of some sets: their sums; their moments, r = 1 / sigma, c = -low * r, v = var * r * r; the sums of g and g * xhat and
+// their means c1 and c2.
+template <class T>
+struct Sets {
+    Sums sums;
+    double *count, *sg, *sgx;
+    T *high, *low, *m2, *r, *c, *c1, *c2, *v;
+
+    Sets at(int64_t i) const {
+        return {sums.at(i), count + i, sg + i, sgx + i, high + i, low + i, m2 + i, r + i, c + i, c1 + i, c2 + i, v + i};
+    }
+};
+
 // Buffers of one thread.
 template <class T>
-struct Scratch {
+class Scratch {
+   public:
     // Were they TILE wide, all buffers would lie whole pages apart, and loads wait for stores to the others (of which
     // the processor compares the last twelve bits).
     static constexpr int64_t WIDTH = TILE + 80;
 
-    // Of the sets of a range: their moments, r = 1 / sigma, c = -low * r, v = var * r * r, and the means of g and g * xhat.
-    Sums sums;
-    Array<double> count, sg, sgx;
-    Array<T> high, low, m2, r, c, c1, c2, v;
-
     // Of the columns of a tile.
-    Sums columns;
     T lane[6][WIDTH], a[WIDTH], d[WIDTH];
     T x[4][WIDTH], dy[WIDTH], xhat[WIDTH], dz[WIDTH], out[WIDTH], w[WIDTH], b[WIDTH], weights[WIDTH], scaled[2][WIDTH];
     T ones[WIDTH], zeros[WIDTH];
     uint8_t bytes[WIDTH];
+    double column[4][WIDTH];
+    Sums columns{column[0], column[1], column[2], column[3]};
 
-    Scratch() {
-        fill(ones, TILE, T(1)), fill(zeros, TILE, T(0));
-        columns.reserve(TILE);
-    }
+    Scratch() { fill(ones, TILE, T(1)), fill(zeros, TILE, T(0)); }
 
-    void reserve(int64_t sets) {
-        sums.reserve(sets);
-        for (auto* a : {&count, &sg, &sgx}) a->reserve(sets);
-        for (auto* a : {&high, &low, &m2, &r, &c, &c1, &c2, &v}) a->reserve(sets);
+    Sets<T> sets(int64_t count) {
+        int64_t n = (count + 23) / 16 * 16 + 8;
+        doubles.reserve(7 * n), values.reserve(8 * n);
+        double* d = doubles.data();
+        T* v = values.data();
+        return {{d, d + n, d + 2 * n, d + 3 * n}, d + 4 * n, d + 5 * n, d + 6 * n, v, v + n, v + 2 * n, v + 3 * n,
+                v + 4 * n, v + 5 * n, v + 6 * n, v + 7 * n};
     }
 
     static Scratch& here() {
@@ -134,6 +144,10 @@ struct Scratch {
         if (!own) own.reset(new Scratch);
         return *own;
     }
+
+   private:
+    Array<double> doubles;
+    Array<T> values;
 };
 
 template <class T, class S>
@@ -168,7 +182,7 @@ class Kernel {
             int64_t n = stop - i, parts = wants_slots() ? std::min(n_slots, n) : n;
             parallel(threads, parts, [&](int64_t part) {
                 for (int64_t t = i + part * n / parts, end = i + (part + 1) * n / parts; t < end; ++t)
-                    for (int64_t r = tasks[t].begin; r < tasks[t].end; ++r) small(walk.range(r), part);
+                    small(tasks[t].begin, tasks[t].end, part);
             });
             i = stop;
         }
@@ -232,27 +246,40 @@ class Kernel {
         return tasks;
     }
 
-    // --- one range
+    // --- ranges
 
-    void small(const Range& range, int64_t slot) {
+    // Several at a time, so that the moments of many sets are worked out together.
+    void small(int64_t begin, int64_t end, int64_t slot) {
         Own& own = Own::here();
-        int64_t count = f.sets.count;
-        own.reserve(count);
-        Part all{0, range.rows, 0, f.columns};
-        if (c.what == FORWARD || c.what == STATISTICS) {
-            sum(own, own.sums, range, all);
-            write(own, range, 0, count);
-        } else
-            read(own, range, 0, count);
-        if (c.what == FORWARD || c.what == APPLY) apply(own, own, range, all);
-        if (c.what < BACKWARD) return;
-        if (c.what != BACKWARD_DX) {
-            fill(own.sg.data(), count, 0.0), fill(own.sgx.data(), count, 0.0);
-            dots(own, own, own.sg.data(), own.sgx.data(), 0, range, all, slot);
-            write_dots(own, range, 0, count);
-        } else
-            read_dots(own, range, 0, count);
-        if (c.what != BACKWARD_SUMS) gradients(own, own, range, all, slot);
+        int64_t count = f.sets.count, most = std::min(BATCH, std::max<int64_t>(1, 2 * BATCH / count));
+        Range ranges[BATCH];
+        Sets<T> sets = own.sets(most * count);
+        while (begin < end) {
+            int64_t n = std::min(most, end - begin);
+            for (int64_t i = 0; i < n; ++i) ranges[i] = walk.range(begin + i);
+            begin += n;
+            auto each = [&](auto&& body) {
+                for (int64_t i = 0; i < n; ++i) body(ranges[i], Part{0, ranges[i].rows, 0, f.columns}, sets.at(i * count));
+            };
+            if (c.what == FORWARD || c.what == STATISTICS) {
+                each([&](const Range& range, const Part& all, const Sets<T>& of) { sum(own, of.sums, range, all); });
+                write(sets, ranges, n, 0, count);
+            } else
+                read(sets, ranges, n, 0, count);
+            if (c.what == FORWARD || c.what == APPLY)
+                each([&](const Range& range, const Part& all, const Sets<T>& of) { apply(own, of, range, all); });
+            if (c.what < BACKWARD) continue;
+            if (c.what != BACKWARD_DX) {
+                fill(sets.sg, n * count, 0.0), fill(sets.sgx, n * count, 0.0);
+                each([&](const Range& range, const Part& all, const Sets<T>& of) {
+                    dots(own, of, of.sg, of.sgx, 0, range, all, slot);
+                });
+                write_dots(sets, ranges, n, 0, count);
+            } else
+                read_dots(sets, ranges, n, 0, count);
+            if (c.what != BACKWARD_SUMS)
+                each([&](const Range& range, const Part& all, const Sets<T>& of) { gradients(own, of, range, all, slot); });
+        }
     }
 
     void large(const Range& range, int64_t threads) {
@@ -266,8 +293,8 @@ class Kernel {
                 parts.push_back({r, std::min(r + height, range.rows), k, std::min(k + width, f.columns)});
         int64_t n = parts.size(), count = f.sets.count;
         bool each = f.sets.kind == EACH;  // then a part knows the sets of its own columns only
-        Own& all = Own::here();
-        all.reserve(count);
+        Own& own = Own::here();
+        Sets<T> all = own.sets(count);
         auto sets = [&](auto&& body) {  // body(begin, end)
             int64_t pieces = std::min(threads, count / 1024 + 1);
             parallel(threads, pieces, [&](int64_t p) { body(p * count / pieces, (p + 1) * count / pieces); });
@@ -275,9 +302,13 @@ class Kernel {
         auto first = [&](int64_t p) { return each ? parts[p].k0 : 0; };
         auto last = [&](int64_t p) { return each ? parts[p].k1 : count; };
         if (c.what == FORWARD || c.what == STATISTICS) {
+            std::vector<Array<double>> memory(n);
             std::vector<Sums> sums(n);
             parallel(threads, n, [&](int64_t p) {
-                sums[p].reserve(last(p) - first(p));
+                int64_t own = last(p) - first(p);
+                memory[p].reserve(4 * own);
+                double* d = memory[p].data();
+                sums[p] = {d, d + own, d + 2 * own, d + 3 * own};
                 sum(Own::here(), sums[p], range, parts[p]);
             });
             all.sums.clear(count, false);
@@ -285,10 +316,10 @@ class Kernel {
                 for (int64_t p = 0; p < n; ++p)
                     for (int64_t i = std::max(begin, first(p)); i < std::min(end, last(p)); ++i)
                         all.sums.merge(i, sums[p], i - first(p));
-                write(all, range, begin, end);
+                write(all, &range, 1, begin, end);
             });
         } else
-            sets([&](int64_t begin, int64_t end) { read(all, range, begin, end); });
+            sets([&](int64_t begin, int64_t end) { read(all, &range, 1, begin, end); });
         if (c.what == FORWARD || c.what == APPLY)
             parallel(threads, n, [&](int64_t p) {  // backwards: the last parts may still be in a cache
                 apply(Own::here(), all, range, parts[n - 1 - p]);
@@ -311,16 +342,16 @@ class Kernel {
                 dots(Own::here(), all, sums[p].data(), sums[p].data() + own, first(p), range, parts[p], slot);
             });
             sets([&](int64_t begin, int64_t end) {
-                fill(all.sg.data() + begin, end - begin, 0.0), fill(all.sgx.data() + begin, end - begin, 0.0);
+                fill(all.sg + begin, end - begin, 0.0), fill(all.sgx + begin, end - begin, 0.0);
                 for (int64_t p = 0; p < n; ++p)
                     for (int64_t i = std::max(begin, first(p)); i < std::min(end, last(p)); ++i) {
                         all.sg[i] += sums[p][i - first(p)];
                         all.sgx[i] += sums[p][last(p) - first(p) + i - first(p)];
                     }
-                write_dots(all, range, begin, end);
+                write_dots(all, &range, 1, begin, end);
             });
         } else
-            sets([&](int64_t begin, int64_t end) { read_dots(all, range, begin, end); });
+            sets([&](int64_t begin, int64_t end) { read_dots(all, &range, 1, begin, end); });
         if (c.what != BACKWARD_SUMS)
             by_slot([&](int64_t p, int64_t slot) { gradients(Own::here(), all, range, parts[n - 1 - p], slot); });
     }
@@ -341,34 +372,57 @@ class Kernel {
         });
     }
 
-    // --- the moments of sets begin..end of a range: in tensors, and as what `normalize` takes
+    // --- the moments of sets begin..end of ranges (of all, if there are several): in tensors, and as `normalize` takes them
 
-    int64_t place(const Range& range, int64_t i) const { return range.set + (f.sets.offsets ? f.sets.offsets[i] : i); }
+    // Calls body(of the sets, of the tensors, how many) for all that lie side by side in both.
+    template <class F>
+    void together(const Range* ranges, int64_t n, int64_t begin, int64_t end, F&& body) const {
+        int64_t count = f.sets.count;
+        for (int64_t i = 0; i < n;) {
+            int64_t from = i++;
+            if (!f.sets.offsets)
+                while (i < n && ranges[i].set == ranges[i - 1].set + count) ++i;
+            body(from * count + begin, ranges[from].set + (f.sets.offsets ? 0 : begin), (i - from - 1) * count + end - begin);
+        }
+    }
 
     template <class V, class W>
-    void put_sets(void* tensor, const V* values, const Range& range, int64_t begin, int64_t end) const {
+    void put_sets(void* tensor, const V* values, const Range* ranges, int64_t n, int64_t begin, int64_t end) const {
         W* t = static_cast<W*>(tensor);
         if (!t) return;
-        if (f.sets.offsets)
-            for (int64_t i = begin; i < end; ++i) t[range.set + f.sets.offsets[i]] = W(values[i]);
-        else
-            SIMD for (int64_t i = begin; i < end; ++i) t[range.set + i] = W(values[i]);
+        together(ranges, n, begin, end, [&](int64_t from, int64_t to, int64_t many) {
+            const V* RESTRICT v = values + from;
+            W* RESTRICT w = t + to;
+            const int64_t* places = f.sets.offsets + begin;
+            if (f.sets.offsets)
+                for (int64_t i = 0; i < many; ++i) w[places[i]] = W(v[i]);
+            else
+                SIMD for (int64_t i = 0; i < many; ++i) w[i] = W(v[i]);
+        });
     }
 
     template <class V, class W>
-    void get_sets(const void* tensor, V* values, const Range& range, int64_t begin, int64_t end) const {
+    void get_sets(const void* tensor, V* values, const Range* ranges, int64_t n, int64_t begin, int64_t end) const {
         const W* t = static_cast<const W*>(tensor);
-        if (f.sets.offsets)
-            for (int64_t i = begin; i < end; ++i) values[i] = V(t[range.set + f.sets.offsets[i]]);
-        else
-            SIMD for (int64_t i = begin; i < end; ++i) values[i] = V(t[range.set + i]);
+        together(ranges, n, begin, end, [&](int64_t from, int64_t to, int64_t many) {
+            V* RESTRICT v = values + from;
+            const W* RESTRICT w = t + to;
+            const int64_t* places = f.sets.offsets + begin;
+            if (f.sets.offsets)
+                for (int64_t i = 0; i < many; ++i) v[i] = V(w[places[i]]);
+            else
+                SIMD for (int64_t i = 0; i < many; ++i) v[i] = V(w[i]);
+        });
     }
 
-    void write(Own& own, const Range& range, int64_t begin, int64_t end) {
-        const double *n = own.sums.n.data(), *shift = own.sums.shift.data(), *s = own.sums.s.data(), *q = own.sums.q.data();
-        T *high = own.high.data(), *low = own.low.data(), *m2 = own.m2.data();
-        double* count = own.count.data();
-        SIMD for (int64_t i = begin; i < end; ++i) {
+    void write(const Sets<T>& sets, const Range* ranges, int64_t n_ranges, int64_t begin, int64_t end) {
+        int64_t last = (n_ranges - 1) * f.sets.count + end;
+        const double *RESTRICT n = sets.sums.n, *RESTRICT shift = sets.sums.shift, *RESTRICT s = sets.sums.s;
+        const double* RESTRICT q = sets.sums.q;
+        T *RESTRICT high = sets.high, *RESTRICT low = sets.low, *RESTRICT m2 = sets.m2;
+        double* RESTRICT count = sets.count;
+        const bool wide = c.count_wide;
+        SIMD for (int64_t i = begin; i < last; ++i) {
             double filled = n[i] > 0 ? 1.0 : 0.0, a = shift[i], b = s[i], whole = (a + b) * filled;
             // What rounding lost, by Knuth's two-sum, as either of the two may be the larger.
             double part = whole - a, lost = ((a - (whole - part)) + (b - part)) * filled;
@@ -376,32 +430,32 @@ class Kernel {
             double rest = (whole - double(high[i])) + lost;
             low[i] = rest == rest ? T(rest) : T(0);  // inf - inf
             m2[i] = T(q[i] * filled);
-            count[i] = c.count_wide ? double(T(n[i])) : n[i];  // as in the tensor
+            count[i] = wide ? double(T(n[i])) : n[i];  // as in the tensor
         }
-        put_sets<T, T>(c.mean, high, range, begin, end);
-        put_sets<T, T>(c.low, low, range, begin, end);
-        put_sets<T, T>(c.m2, m2, range, begin, end);
-        if (c.count_wide) put_sets<double, T>(c.count, count, range, begin, end);
-        else put_sets<double, int64_t>(c.count, count, range, begin, end);
-        settle(own, begin, end);
+        put_sets<T, T>(c.mean, high, ranges, n_ranges, begin, end);
+        put_sets<T, T>(c.low, low, ranges, n_ranges, begin, end);
+        put_sets<T, T>(c.m2, m2, ranges, n_ranges, begin, end);
+        if (wide) put_sets<double, T>(c.count, count, ranges, n_ranges, begin, end);
+        else put_sets<double, int64_t>(c.count, count, ranges, n_ranges, begin, end);
+        settle(sets, begin, last);
     }
 
-    void read(Own& own, const Range& range, int64_t begin, int64_t end) {
-        double* count = own.count.data();
-        if (!c.count) fill(count + begin, end - begin, f.count);
-        else if (c.count_wide) get_sets<double, T>(c.count, count, range, begin, end);
-        else get_sets<double, int64_t>(c.count, count, range, begin, end);
-        get_sets<T, T>(c.mean, own.high.data(), range, begin, end);
-        get_sets<T, T>(c.low, own.low.data(), range, begin, end);
-        get_sets<T, T>(c.m2, own.m2.data(), range, begin, end);
-        settle(own, begin, end);
+    void read(const Sets<T>& sets, const Range* ranges, int64_t n_ranges, int64_t begin, int64_t end) {
+        int64_t last = (n_ranges - 1) * f.sets.count + end;
+        if (!c.count) fill(sets.count + begin, last - begin, f.count);
+        else if (c.count_wide) get_sets<double, T>(c.count, sets.count, ranges, n_ranges, begin, end);
+        else get_sets<double, int64_t>(c.count, sets.count, ranges, n_ranges, begin, end);
+        get_sets<T, T>(c.mean, sets.high, ranges, n_ranges, begin, end);
+        get_sets<T, T>(c.low, sets.low, ranges, n_ranges, begin, end);
+        get_sets<T, T>(c.m2, sets.m2, ranges, n_ranges, begin, end);
+        settle(sets, begin, last);
     }
 
-    void settle(Own& own, int64_t begin, int64_t end) {
-        const double* count = own.count.data();
-        const T *low = own.low.data(), *m2 = own.m2.data();
-        T *high = own.high.data(), *r = own.r.data(), *c = own.c.data(), *v = own.v.data();
-        if (!f.center) fill(high + begin, end - begin, T(0));
+    void settle(const Sets<T>& sets, int64_t begin, int64_t end) {
+        const double* RESTRICT count = sets.count;
+        const T *RESTRICT low = sets.low, *RESTRICT m2 = sets.m2;
+        T *RESTRICT r = sets.r, *RESTRICT c = sets.c, *RESTRICT v = sets.v;
+        if (!f.center) fill(sets.high + begin, end - begin, T(0));
         const T center = f.center ? -1 : 0, eps = T(f.eps);
         const bool scale = f.scale;
         SIMD for (int64_t i = begin; i < end; ++i) {
@@ -414,24 +468,25 @@ class Kernel {
         }
     }
 
-    void write_dots(Own& own, const Range& range, int64_t begin, int64_t end) {
-        put_sets<double, T>(c.sum_g, own.sg.data(), range, begin, end);
-        put_sets<double, T>(c.sum_gx, own.sgx.data(), range, begin, end);
-        share_dots(own, begin, end);
+    void write_dots(const Sets<T>& sets, const Range* ranges, int64_t n_ranges, int64_t begin, int64_t end) {
+        put_sets<double, T>(c.sum_g, sets.sg, ranges, n_ranges, begin, end);
+        put_sets<double, T>(c.sum_gx, sets.sgx, ranges, n_ranges, begin, end);
+        share_dots(sets, begin, (n_ranges - 1) * f.sets.count + end);
     }
 
-    void read_dots(Own& own, const Range& range, int64_t begin, int64_t end) {
+    void read_dots(const Sets<T>& sets, const Range* ranges, int64_t n_ranges, int64_t begin, int64_t end) {
+        int64_t last = (n_ranges - 1) * f.sets.count + end;
         if (c.sum_g) {
-            get_sets<double, T>(c.sum_g, own.sg.data(), range, begin, end);
-            get_sets<double, T>(c.sum_gx, own.sgx.data(), range, begin, end);
+            get_sets<double, T>(c.sum_g, sets.sg, ranges, n_ranges, begin, end);
+            get_sets<double, T>(c.sum_gx, sets.sgx, ranges, n_ranges, begin, end);
         } else
-            fill(own.sg.data() + begin, end - begin, 0.0), fill(own.sgx.data() + begin, end - begin, 0.0);
-        share_dots(own, begin, end);
+            fill(sets.sg + begin, last - begin, 0.0), fill(sets.sgx + begin, last - begin, 0.0);
+        share_dots(sets, begin, last);
     }
 
-    void share_dots(Own& own, int64_t begin, int64_t end) {
-        const double *count = own.count.data(), *sg = own.sg.data(), *sgx = own.sgx.data();
-        T *c1 = own.c1.data(), *c2 = own.c2.data();
+    void share_dots(const Sets<T>& sets, int64_t begin, int64_t end) {
+        const double *RESTRICT count = sets.count, *RESTRICT sg = sets.sg, *RESTRICT sgx = sets.sgx;
+        T *RESTRICT c1 = sets.c1, *RESTRICT c2 = sets.c2;
         double center = f.center ? 1 : 0, scale = f.scale ? 1 : 0;
         SIMD for (int64_t i = begin; i < end; ++i) {
             double n = count[i] > 0 ? count[i] : 1.0;
@@ -505,12 +560,12 @@ class Kernel {
         return p;
     }
 
-    Lanes lanes(Own& own, Own& from, int64_t block, int64_t k, int64_t n, int fields) const {
-        Array<T>* sources[6] = {&from.high, &from.r, &from.c, &from.c1, &from.c2, &from.v};
+    Lanes lanes(Own& own, const Sets<T>& from, int64_t block, int64_t k, int64_t n, int fields) const {
+        const T* sources[6] = {from.high, from.r, from.c, from.c1, from.c2, from.v};
         const T* at[6] = {};
         for (int i = 0; i < fields; ++i) {
-            at[i] = f.sets.kind == EACH ? sources[i]->data() + k : own.lane[i];
-            if (f.sets.kind == TABLE) gather(sources[i]->data(), f.sets.table + block * f.columns + k, own.lane[i], n);
+            at[i] = f.sets.kind == EACH ? sources[i] + k : own.lane[i];
+            if (f.sets.kind == TABLE) gather(sources[i], f.sets.table + block * f.columns + k, own.lane[i], n);
         }
         return {at[0], at[1], at[2], at[3], at[4], at[5]};
     }
@@ -518,11 +573,11 @@ class Kernel {
     // --- statistics
 
     // Of a part of a range, closed. Of an EACH form, sums[0] is that of column k0.
-    void sum(Own& own, Sums& sums, const Range& range, const Part& part) {
+    void sum(Own& own, const Sums& sums, const Range& range, const Part& part) {
         int64_t count = f.sets.kind == EACH ? part.k1 - part.k0 : f.sets.count;
         sums.clear(count, false);
         pass(own, sums, range, part, !f.center);
-        if (!f.center) fill(sums.s.data(), count, 0.0);  // about zero
+        if (!f.center) fill(sums.s, count, 0.0);  // about zero
         sums.close(count);
         if (std::is_same<T, double>::value && f.center) {  // once more about the mean: one shifted pass loses digits
             for (int64_t i = 0; i < count; ++i) sums.shift[i] += sums.s[i];
@@ -532,15 +587,15 @@ class Kernel {
         }
     }
 
-    void pass(Own& own, Sums& sums, const Range& range, const Part& part, bool fixed) {
+    void pass(Own& own, const Sums& sums, const Range& range, const Part& part, bool fixed) {
         if (f.sets.kind == ONE && f.mask_kind == EVERYTHING) return pass_plain(own, sums, range, part, fixed);
         pieces(
             range, part, SHORT,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
                 if (f.sets.kind == EACH) {
                     int64_t at = k - part.k0;
-                    columns(own, rows, n_rows, k, n, fixed, sums.n.data() + at, sums.shift.data() + at,
-                            sums.s.data() + at, sums.q.data() + at);
+                    columns(own, rows, n_rows, k, n, fixed, sums.n + at, sums.shift + at,
+                            sums.s + at, sums.q + at);
                 } else
                     table(own, sums, rows, n_rows, block, k, n, fixed);
             },
@@ -550,7 +605,7 @@ class Kernel {
     }
 
     // Rows that follow one another in memory are one run.
-    void pass_plain(Own& own, Sums& sums, const Range& range, const Part& part, bool fixed) {
+    void pass_plain(Own& own, const Sums& sums, const Range& range, const Part& part, bool fixed) {
         const S* from = nullptr;
         int64_t length = 0;
         auto flush = [&] {
@@ -570,7 +625,7 @@ class Kernel {
         flush();
     }
 
-    void run(Sums& sums, int64_t id, const S* p, Own& own, const Share& share, int64_t n, bool fixed) {
+    void run(const Sums& sums, int64_t id, const S* p, Own& own, const Share& share, int64_t n, bool fixed) {
         if (share.outside || share.one == 0) return;
         const T* v = values(p, own.x[0], n);
         double &count = sums.n[id], &shift = sums.shift[id], &s = sums.s[id], &q = sums.q[id];
@@ -624,14 +679,14 @@ class Kernel {
     }
 
     // Short runs of columns: sums of each column first, which are then shifted to those of its set.
-    void table(Own& own, Sums& sums, const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n, bool fixed) {
+    void table(Own& own, const Sums& sums, const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n, bool fixed) {
         const int32_t* id = f.sets.table + block * f.columns + k;
         if (n_rows < MANY && (f.mask_kind == EVERYTHING || f.mask.kind == ONE))
             return scatter(own, sums, rows, n_rows, id, k, n, fixed);
-        Sums& each = own.columns;
+        const Sums& each = own.columns;
         each.clear(n, false);
-        if (fixed) gather(sums.shift.data(), id, each.shift.data(), n);
-        columns(own, rows, n_rows, k, n, fixed, each.n.data(), each.shift.data(), each.s.data(), each.q.data());
+        if (fixed) gather(sums.shift, id, each.shift, n);
+        columns(own, rows, n_rows, k, n, fixed, each.n, each.shift, each.s, each.q);
         for (int64_t j = 0; j < n; ++j) {
             if (!(each.n[j] > 0)) continue;
             int64_t i = id[j];
@@ -643,9 +698,9 @@ class Kernel {
         }
     }
 
-    void scatter(Own& own, Sums& sums, const Row* rows, int64_t n_rows, const int32_t* id, int64_t k, int64_t n,
+    void scatter(Own& own, const Sums& sums, const Row* rows, int64_t n_rows, const int32_t* id, int64_t k, int64_t n,
                  bool fixed) {
-        double *count = sums.n.data(), *shift = sums.shift.data(), *s = sums.s.data(), *q = sums.q.data();
+        double *count = sums.n, *shift = sums.shift, *s = sums.s, *q = sums.q;
         for (int64_t i = 0; i < n_rows; ++i) {
             Share share = this->share(own, rows[i], k, n);
             if (share.outside || share.one == 0) continue;
@@ -667,7 +722,7 @@ class Kernel {
 
     // --- y
 
-    void apply(Own& own, Own& from, const Range& range, const Part& part) {
+    void apply(Own& own, const Sets<T>& from, const Range& range, const Part& part) {
         pieces(
             range, part, SHORT,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
@@ -727,12 +782,12 @@ class Kernel {
     void xhat_of(Own& own, const Row& row, int64_t k, int64_t n, const Lanes& m) {
         normalize(values(x + row.at[X] + k, own.x[0], n), own.xhat, n, m.high, m.r, m.c);
     }
-    void xhat_of(Own& own, Own& from, const Row& row, int64_t k, int64_t n, int64_t id) {
+    void xhat_of(Own& own, const Sets<T>& from, const Row& row, int64_t k, int64_t n, int64_t id) {
         normalize(values(x + row.at[X] + k, own.x[0], n), own.xhat, n, from.high[id], from.r[id], from.c[id]);
     }
 
     // Sums of g and g * xhat of a part of a range, sg[0] being that of set `first`; and of the parameters.
-    void dots(Own& own, Own& from, double* sg, double* sgx, int64_t first, const Range& range, const Part& part,
+    void dots(Own& own, const Sets<T>& from, double* sg, double* sgx, int64_t first, const Range& range, const Part& part,
               int64_t slot) {
         double* pw = c.dweight ? slot_of(slot) : nullptr;
         double* pb = c.dbias ? slot_of(slot) + f.n_params : nullptr;
@@ -741,8 +796,8 @@ class Kernel {
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
                 bool tabled = f.sets.kind == TABLE;
                 Lanes m = lanes(own, from, block, k, n, 3);
-                double *a = tabled ? own.columns.s.data() : sg + (k - first);
-                double *b = tabled ? own.columns.q.data() : sgx + (k - first);
+                double *a = tabled ? own.columns.s : sg + (k - first);
+                double *b = tabled ? own.columns.q : sgx + (k - first);
                 if (tabled) fill(a, n, 0.0), fill(b, n, 0.0);
                 for (int64_t i = 0; i < n_rows; ++i) {
                     Share share = membership(own, rows[i], k, n);
@@ -785,7 +840,7 @@ class Kernel {
             if (pw) pw[at] += t;
             if (pb) pb[at] += s;
         } else if (f.params.kind == EACH) {
-            double* spare = own.columns.n.data();  // where nobody asks for one of the two
+            double* spare = own.columns.n;  // where nobody asks for one of the two
             lane_dots(dz, own.xhat, n, 1.0, pb ? pb + at + k : spare, pw ? pw + at + k : spare);
         } else {
             const int32_t* table = f.params.table + row.at[PARAM_BLOCK] * f.columns + k;
@@ -796,7 +851,7 @@ class Kernel {
         }
     }
 
-    void gradients(Own& own, Own& from, const Range& range, const Part& part, int64_t slot) {
+    void gradients(Own& own, const Sets<T>& from, const Range& range, const Part& part, int64_t slot) {
         double* pm = wants_mask() && (c.sum_g || c.what == BACKWARD) ? slot_of(slot) + 2 * f.n_params : nullptr;
         pieces(
             range, part, SHORT,
