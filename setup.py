@@ -22,8 +22,8 @@ FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contr
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing", "-fno-wrapv"]
 WIDTHS = {"plain": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    WIDTHS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    WIDTHS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"]
+    WIDTHS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-mprfchw"]
+    WIDTHS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprfchw"]
     WIDTHS["avx512"] += ["-mprefer-vector-width=512"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 

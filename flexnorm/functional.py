@@ -246,7 +246,8 @@ class _Normalize(torch.autograd.Function):
         if torch.is_grad_enabled() or _seen_through((*saved, dy)):  # differentiated again: by the composition
             room, kept = aten, aten.forward(recipe, operands)[1]  # of moments that depend on x
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            return (None, None, None, *room.backward(recipe, operands, kept, dy))
+            gradients = room.backward(recipe, operands, kept, dy, of_mask=ctx.needs_input_grad[4])
+            return (None, None, None, *gradients)
         sums = room.backward_sums(recipe, operands, room.moments(recipe, operands, kept), dy)
         return (None, None, None, None, None, sums.weight, sums.bias)
 

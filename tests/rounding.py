@@ -148,7 +148,9 @@ def assert_moments(m, wide: Expected, dtype, size):
     ref = wide.moments
     low = 0 if m.low is None else m.low.double()
     if m.count.is_floating_point():
-        torch.testing.assert_close(m.count.double(), ref.count.double().expand(m.count.shape), rtol=FEW * eps + size * tiny, atol=0)
+        torch.testing.assert_close(
+            m.count.double(), ref.count.double().expand(m.count.shape), rtol=FEW * eps + size * tiny, atol=0
+        )
     else:
         assert torch.equal(m.count, ref.count.expand(m.count.shape))
     mean = ref.mean + (0 if ref.low is None else ref.low)

@@ -1,7 +1,6 @@
 """The C++ room: every entry point against the composition in float64, for every vector width and number of threads."""
 
 import contextlib
-import itertools
 import math
 import os
 import shutil
@@ -70,9 +69,7 @@ class Problem:
     dy: torch.Tensor
 
 
-def recipe_for(
-    pattern, x, *, mask=None, affine=None, weight=None, bias=None, sizes=None, labels=None, **options
-):
+def recipe_for(pattern, x, *, mask=None, affine=None, weight=None, bias=None, sizes=None, labels=None, **options):
     spec = Spec.parse(pattern)
     read = [] if affine is None else [spec.read(affine, "affine")]
     formula = Formula(spec, Options(**options), read, sizes or {})
@@ -82,7 +79,15 @@ def recipe_for(
 def problem(pattern, x, *, mask=None, weight=None, bias=None, affine=None, sizes=None, labels=None, dy=None, **options):
     def recipe(o):
         return recipe_for(
-            pattern, o.x, mask=o.mask, weight=o.weight, bias=o.bias, affine=affine, sizes=sizes, labels=labels, **options
+            pattern,
+            o.x,
+            mask=o.mask,
+            weight=o.weight,
+            bias=o.bias,
+            affine=affine,
+            sizes=sizes,
+            labels=labels,
+            **options,
         )
 
     operands = Operands(x, mask, weight, bias)
@@ -284,7 +289,22 @@ def test_moments_from_elsewhere():
 # --- sizes around every border of the kernels ------------------------------------------------------------------------
 
 ROWS = [1, 3, 4, 5, 63, 64, 65, 130]  # of a batch, and those that pay for sums by column
-COLUMNS = [1, 7, 8, 9, 15, 16, 17, 255, 256, 257, 1023, 1024, 1025, 2050]  # of a vector, a short run, a long one, a tile
+COLUMNS = [
+    1,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    255,
+    256,
+    257,
+    1023,
+    1024,
+    1025,
+    2050,
+]  # of a vector, a short run, a long one, a tile
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
@@ -631,6 +651,18 @@ def test_a_light_first_weight_far_away_costs_no_digits():
     check(problem("c n, c -> n", x.t().contiguous(), mask=weights))
 
 
+def test_lazy_negatives_have_their_sign():
+    """torch keeps the imaginary part of a conjugate as a view with a bit that says -."""
+    z = torch.randn(1, 1, dtype=torch.complex64).conj().imag
+    assert z.is_neg()
+    assert same(normalize(z, "n c -> n", center=False), normalize(z.clone().resolve_neg(), "n c -> n", center=False))
+    x, weight = torch.randn(4, 6), torch.randn(6)
+    for center in (True, False):
+        right = normalize(x, "n c -> n", weight=weight, affine="c", center=center)
+        for a, b in [(torch._neg_view(-x), weight), (x, torch._neg_view(-weight))]:
+            assert same(normalize(a, "n c -> n", weight=b, affine="c", center=center), right)
+
+
 # --- dtypes and activations, through a norm that changes nothing -----------------------------------------------------
 
 
@@ -692,9 +724,10 @@ def numbers():
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_exponential(width):
-    """Where e^-x is nearly all of the denominator, silu(x) = x / (1 + e^-x) is wrong as e^-x is: 2 units in the last
-    place, and half of one for the sum, the quotient and the product each; e^-x itself is x * eps / 2 wrong if... it is
-    not: x is exact."""
+    """silu(x) = x / (1 + e^-x), where e^-x is nearly all of the denominator.
+
+    2 units of the last place for e^-x, and half of one for the sum, the quotient and the product each.
+    """
     x = torch.linspace(-87, -20, 200_001, dtype=torch.float64).float()[None]
     with engine(max(width, WIDEST)):
         y = cpu.apply(*identity(x, activation="silu"))
@@ -906,14 +939,17 @@ def test_the_plan_is_this_room(case):
 
 
 def test_what_is_refused():
-    assert "empty" in cpu.refusal(recipe_for("n c -> n", torch.zeros(0, 3)), Operands(torch.zeros(0, 3)))
-    many = torch.zeros([2] * 13).permute(*range(0, 13, 2), *range(1, 13, 2))
-    names = [f"a{i}" for i in range(13)]
-    recipe = recipe_for(f"{' '.join(names)} -> {' '.join(names[::2])}", many)
-    operands = Operands(many)
-    reason = cpu.refusal(recipe, operands)
-    if reason is None:  # axes that lie together are one
-        check(problem(f"{' '.join(names)} -> {' '.join(names[::2])}", torch.randn([2] * 13)))
+    empty = torch.zeros(0, 3)
+    assert "empty" in cpu.refusal(recipe_for("n c -> n", empty), Operands(empty))
+    rank = cpu.MOST_DIMS + 1
+    pattern = " ".join(f"a{i}" for i in range(rank)) + " ->"
+    x = torch.randn([3] * rank)
+    check(problem(pattern, x), widths_=[WIDEST])  # axes that lie together are one
+    x = x[(slice(0, 2),) * rank]
+    reason = cpu.refusal(recipe_for(pattern, x), Operands(x))
+    assert reason == f"x has more than {cpu.MOST_DIMS - 1} axes of one kind"
+    pattern, x = pattern.removeprefix("a0 "), x[0]  # one less: as many as there may be
+    check(problem(pattern, x), widths_=[WIDEST])
 
 
 def test_several_threads_call_at_once():
@@ -971,6 +1007,25 @@ def test_threads_are_those_that_torch_is_told():
         print(counts)
     """
     assert python(code) == "[0, 1, 0, 0, 1, 0]"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "shape"), [("n c -> kind[c]", (5, 8)), ("v c -> kind[v]", (8, 5)), ("v c -> v", (8, 5))]
+)
+def test_ids_are_not_trusted(pattern, shape):
+    """torch's pytrees rebuild a Partition of whatever ids; in another process, as this one should live."""
+    code = f"""
+        import torch
+        from flexnorm import Partition, normalize
+        from torch.utils import _pytree
+        kind = _pytree.tree_map(lambda ids: ids + 1_000_000, Partition(torch.tensor([0, 1, 2, 0, 1, 2, 2, 2]), 3))
+        weight = {{"weight": torch.ones(3), "affine": "kind[v]"}} if {pattern!r}.endswith("> v") else {{}}
+        try:
+            normalize(torch.randn{shape}, {pattern!r}, kind=kind, **weight)
+        except (IndexError, RuntimeError, ValueError) as error:
+            print("refused")
+    """
+    assert python(code) == "refused"
 
 
 RUNS = """

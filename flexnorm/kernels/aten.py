@@ -51,7 +51,7 @@ def apply(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
     return _outward(recipe, operands, y)
 
 
-def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor) -> Gradients:
+def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor, *, of_mask: bool = True) -> Gradients:
     moments = Moments(*kept)
     sums = backward_sums(recipe, operands, moments, dy)
     dx, dmask = backward_dx(recipe, operands, moments, dy, sums)

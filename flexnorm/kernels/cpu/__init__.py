@@ -305,10 +305,10 @@ def apply(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
     return y
 
 
-def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor) -> Gradients:
+def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor, *, of_mask: bool = True) -> Gradients:
     p = _program(recipe, operands.x)
     dx = torch.empty_like(operands.x)
-    dmask, dweight, dbias = _gradients(p, operands, mask=True)
+    dmask, dweight, dbias = _gradients(p, operands, mask=of_mask)
     p.call(BACKWARD, p.operands(operands), dx, p.places(kept), p.gradient(dy, operands.x), dmask, dweight, dbias)
     return Gradients(dx, *(_as(t, like) for t, like in zip((dmask, dweight, dbias), operands[1:], strict=True)))
 

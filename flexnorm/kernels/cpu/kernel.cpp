@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -118,7 +119,7 @@ class Scratch {
    public:
     // Were they TILE wide, all buffers would lie whole pages apart, and loads wait for stores to the others (of which
     // the processor compares the last twelve bits).
-    static constexpr int64_t WIDTH = TILE + 80;
+    static constexpr int64_t WIDTH = TILE + 48;
 
     // Of the columns of a tile.
     T lane[6][WIDTH], a[WIDTH], d[WIDTH];
@@ -163,8 +164,9 @@ class Kernel {
             for (int64_t d = 0; d < n; ++d) one_param = one_param && !dims[d].step[PARAM] && !dims[d].step[PARAM_BLOCK];
         };
         check(f.inner, f.n_inner), check(f.segment, f.n_segment);
-        if (f.n_segment && f.outer_at == f.n_outer) ahead = f.segment[0].step[X] * (walk.elements / std::max<int64_t>(1, f.groups));
-        else if (f.n_outer) ahead = f.outer[f.n_outer - 1].step[X];
+        const Dim* next = f.n_segment && f.outer_at == f.n_outer ? f.segment : f.n_outer ? f.outer + (f.n_outer - 1) : nullptr;
+        int64_t steps = next == f.segment ? walk.elements / std::max<int64_t>(1, f.groups) : 1;
+        if (next && !f.order) ahead = next->step[X] * steps, ahead_y = next->step[Y] * steps;
     }
 
     void run() {
@@ -261,6 +263,7 @@ class Kernel {
             auto each = [&](auto&& body) {
                 for (int64_t i = 0; i < n; ++i) body(ranges[i], Part{0, ranges[i].rows, 0, f.columns}, sets.at(i * count));
             };
+            if (f.order && begin < end) fetch_rows(walk.range(begin));
             if (c.what == FORWARD || c.what == STATISTICS) {
                 each([&](const Range& range, const Part& all, const Sets<T>& of) { sum(own, of.sums, range, all); });
                 write(sets, ranges, n, 0, count);
@@ -292,6 +295,7 @@ class Kernel {
             for (int64_t k = 0; k < f.columns; k += width)
                 parts.push_back({r, std::min(r + height, range.rows), k, std::min(k + width, f.columns)});
         int64_t n = parts.size(), count = f.sets.count;
+        int64_t next = std::exchange(ahead, 0), next_y = std::exchange(ahead_y, 0);
         bool each = f.sets.kind == EACH;  // then a part knows the sets of its own columns only
         Own& own = Own::here();
         Sets<T> all = own.sets(count);
@@ -324,7 +328,10 @@ class Kernel {
             parallel(threads, n, [&](int64_t p) {  // backwards: the last parts may still be in a cache
                 apply(Own::here(), all, range, parts[n - 1 - p]);
             });
-        if (c.what < BACKWARD) return;
+        if (c.what < BACKWARD) {
+            ahead = next, ahead_y = next_y;
+            return;
+        }
         // Where every element has a parameter of its own, no two parts meet in one.
         bool alone = f.injective && !wants_mask();
         int64_t slots = alone || !wants_slots() ? n : std::min(n_slots, n);
@@ -354,6 +361,7 @@ class Kernel {
             sets([&](int64_t begin, int64_t end) { read_dots(all, &range, 1, begin, end); });
         if (c.what != BACKWARD_SUMS)
             by_slot([&](int64_t p, int64_t slot) { gradients(Own::here(), all, range, parts[n - 1 - p], slot); });
+        ahead = next, ahead_y = next_y;
     }
 
     // A part of a range, either in tiles of columns (tile(rows, how many, block, k, n)) or in runs of one set
@@ -497,9 +505,10 @@ class Kernel {
 
     // --- operands along columns k..k+n of a row
 
-    // Asks for what the next range reads, while this one is written: then memory is busy all the time.
+    // Asks for what the next range reads and writes, while this one is worked on: then memory is busy all the time.
+    template <int WRITE>
     static void fetch(const S* p, int64_t n) {
-        for (int64_t k = 0; k < n; k += int64_t(64 / sizeof(S))) __builtin_prefetch(p + k, 0, 2);
+        for (int64_t k = 0; k < n; k += int64_t(64 / sizeof(S))) __builtin_prefetch(p + k, WRITE, 2);
     }
 
     const T* values(const S* p, T* buffer, int64_t n) const { return wide(p, buffer, n, Same()); }
@@ -513,6 +522,18 @@ class Kernel {
     static T* target(S*, T* buffer, std::false_type) { return buffer; }
     static void put(const T*, S*, int64_t, std::true_type) {}
     static void put(const T* buffer, S* p, int64_t n, std::false_type) { store(buffer, p, n); }
+
+    // The same for rows that lie anywhere.
+    void fetch_rows(const Range& range) const {
+        if (range.rows * f.columns > LARGE / 8) return;
+        walk.rows(range, 0, range.rows, [&](const Row* rows, int64_t n) {
+            for (int64_t i = 0; i < n; ++i) {
+                fetch<0>(x + rows[i].at[X], f.columns);
+                if (y) fetch<1>(y + rows[i].at[Y], f.columns);
+                if (dy) fetch<0>(dy + rows[i].at[Y], f.columns);
+            }
+        });
+    }
 
     Share share(Own& own, const Row& row, int64_t k, int64_t n) const {
         Share s;
@@ -579,7 +600,9 @@ class Kernel {
         pass(own, sums, range, part, !f.center);
         if (!f.center) fill(sums.s, count, 0.0);  // about zero
         sums.close(count);
-        if (std::is_same<T, double>::value && f.center) {  // once more about the mean: one shifted pass loses digits
+        // Once more about the mean, where one shifted pass loses digits: of doubles, and if the first element, which is
+        // the shift, may weigh next to nothing and lie far from the others.
+        if (f.center && (std::is_same<T, double>::value || f.mask_kind == WEIGHTS)) {
             for (int64_t i = 0; i < count; ++i) sums.shift[i] += sums.s[i];
             sums.clear(count, true);
             pass(own, sums, range, part, true);
@@ -750,7 +773,8 @@ class Kernel {
     template <class F>
     void y_of(Own& own, const Row& row, int64_t k, int64_t n, F&& formula) {
         S* out = y + row.at[Y] + k;
-        fetch(x + row.at[X] + k + ahead, n);
+        fetch<0>(x + row.at[X] + k + ahead, n);
+        fetch<1>(out + ahead_y, n);
         T* t = target(out, own.out);
         Share share = membership(own, row, k, n);
         if (share.outside) fill(t, n, T(0));
@@ -900,6 +924,9 @@ class Kernel {
     template <class Xhat, class Formula, class Dot>
     void dx_of(Own& own, const Row& row, int64_t k, int64_t n, double* pm, Xhat&& xhat, Formula&& formula, Dot&& dot) {
         S* out = y + row.at[Y] + k;
+        fetch<0>(x + row.at[X] + k + ahead, n);
+        fetch<0>(dy + row.at[Y] + k + ahead_y, n);
+        fetch<1>(out + ahead_y, n);
         T* t = target(out, own.out);
         Share share = this->share(own, row, k, n);
         if (share.outside) fill(t, n, T(0));
@@ -963,7 +990,7 @@ class Kernel {
     Array<double> memory;  // [slots][weight, bias, mask]
     int64_t n_slots = 1;
     bool one_param;     // all rows of a range have the same parameters
-    int64_t ahead = 0;  // from a range to the next, in x
+    int64_t ahead = 0, ahead_y = 0;  // from a range to the next, in x and in y
 };
 
 int run(const Form& form, const Call& call) {

@@ -240,8 +240,8 @@ inline void gather(const T* RESTRICT from, const int32_t* RESTRICT index, T* RES
 
 // --- activations
 
-inline float exponential(float x) {  // cephes' expf: 2 ulp
-    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+inline float exponential(float z) {  // cephes' expf: 2 ulp
+    float x = z < -87.0f ? -87.0f : z > 88.0f ? 88.0f : z;
     float shifted = x * 1.44269504f + 12582912.0f;
     int32_t bits = __builtin_bit_cast(int32_t, shifted);
     float n = shifted - 12582912.0f;
@@ -254,7 +254,9 @@ inline float exponential(float x) {  // cephes' expf: 2 ulp
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     int32_t power = int32_t(uint32_t(bits - 0x4b400000 + 127) << 23);
-    return p * __builtin_bit_cast(float, power);
+    float y = p * __builtin_bit_cast(float, power);
+    y = z < -87.0f ? 0.0f : y;
+    return z > 88.0f ? __builtin_inff() : y;
 }
 
 inline float error_function(float x) {  // two minimax polynomials: 1 ulp

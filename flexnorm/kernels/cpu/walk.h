@@ -7,7 +7,7 @@
 
 namespace ARCH {
 
-constexpr int64_t TILE = 1024;   // columns at a time: what several buffers of doubles hold in the first cache
+constexpr int64_t TILE = 512;    // columns at a time: sums of doubles and four rows of them fit in the first cache
 constexpr int64_t BATCH = 64;    // rows at a time
 constexpr int64_t MANY = 4;      // rows that pay for sums per column
 constexpr int64_t SPLIT = 256;   // a run of columns so long is summed by itself, whatever the rows

@@ -101,7 +101,7 @@ def apply(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
     return _apply(_Call(recipe, operands), _inside(recipe, moments))
 
 
-def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor) -> Gradients:
+def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor, *, of_mask: bool = True) -> Gradients:
     """`backward_sums`, then `backward_dx`; in one kernel where ranges fit into tiles."""
     moments = Moments(*kept)
     call = _Call(recipe, operands)
@@ -114,7 +114,7 @@ def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor) -> Grad
     else:
         sums = _sums(call, known, dy)
         dx = _dx(call, known, dy, sums)
-    dmask = _dmask(call, moments, dy, sums) if weighted and sums is not None else None
+    dmask = _dmask(call, moments, dy, sums) if weighted and of_mask and sums is not None else None
     return Gradients(dx, dmask, *_of_params(call, moments, dy))
 
 
