@@ -3,17 +3,27 @@ PYTHON ?= python3
 TORCH ?= torch==2.11.0 torchaudio==2.11.0
 BIN := .venv/bin
 JOBS ?= 2
+# Where there is a compiler, kernels that do not build or load are an error: of `make env`, and of the tests.
+export FLEXNORM_BUILD ?= $(if $(shell command -v $(or $(CXX),c++)),required,optional)
+
+# Where there is a compiler, kernels that do not build are an error.
+BUILD := $(if $(shell command -v g++ || command -v c++),required,optional)
+KERNELS := setup.py $(wildcard flexnorm/kernels/cpu/*.cpp flexnorm/kernels/cpu/*.h)
 
 .PHONY: env demo test test-fast asan wheel bench bench-quick lint format clean
 
-env: .venv/ready
+env: .venv/ready .venv/built
 
 # torch first and by its version: later torchaudio wheels refuse it.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(TORCH) "torch-geometric==2.8.*" "einops==0.8.*"
-	$(BIN)/python -m pip install --quiet --editable ".[all,dev]"
+	FLEXNORM_BUILD=none $(BIN)/python -m pip install --quiet --editable ".[all,dev]"
+	@touch $@
+
+.venv/built: .venv/ready $(KERNELS)
+	FLEXNORM_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 demo: env

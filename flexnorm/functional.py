@@ -161,7 +161,7 @@ def run(
     if moments is not None:
         external = inward_moments(formula.spec.sets, recipe, moments, x)
         tensors = (*operands, external.count, external.mean, external.m2)
-    if torch.compiler.is_compiling() and external is None and len(params) < 2 and not _derived(tensors):
+    if external is None and len(params) < 2 and _compiling() and not _derived(tensors):
         traced = ops.traced(formula, x, mask, params, labels)
         return traced[0], Moments(*traced[1:]).outward(recipe.sets) if tracked else None
     differentiated = torch.is_grad_enabled() and _any_requires_grad(tensors)
@@ -183,6 +183,15 @@ def run(
         return room.evaluate(recipe, operands), None
     y, kept = room.forward(recipe, operands)
     return y, room.moments(recipe, operands, kept).outward(recipe.sets)
+
+
+def _compiling() -> bool:
+    """Whether an operator goes into a graph. Exported graphs hold operations that everybody knows.
+
+    It is the operator always: on 2 cores torch.compile of the composition took 119 ms for GroupNorm of 16x256x56x56 and
+    52 ms for LayerNorm of 32x512x768, where the operator took 26 and 11.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def _any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:

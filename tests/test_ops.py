@@ -90,3 +90,25 @@ def test_operators_are_compiled_whole():
     (a,) = torch.autograd.grad(y.square().sum(), x)
     (b,) = torch.autograd.grad((torch.ops.flexnorm.forward(x, *others)[0] * 2).square().sum(), x)
     torch.testing.assert_close(a, b)
+
+
+class _Layer(torch.nn.Module):
+    def forward(self, x, mask):
+        return normalize(x, "b (g c) t, b t -> b g", mask, g=2)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
+def test_a_compiled_graph_holds_the_operator_and_an_exported_one_does_not():
+    x, mask = torch.randn(2, 4, 6), torch.rand(2, 6) < 0.7
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    y = torch.compile(_Layer(), backend=backend)(x, mask)
+    assert "flexnorm.forward" in seen
+    torch.testing.assert_close(y, _Layer()(x, mask))
+    exported = torch.export.export(_Layer(), (x, mask))
+    assert all("flexnorm" not in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x, mask), y)

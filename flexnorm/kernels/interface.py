@@ -101,7 +101,7 @@ class Room(Protocol):
     def backward(
         self, recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor, *, of_mask: bool = True
     ) -> Gradients:
-        """`backward_sums`, then `backward_dx`, in one. Without `of_mask`, the gradient of a float mask may be left out."""
+        """`backward_sums`, then `backward_dx`, in one. Without `of_mask`, that of a float mask may be left out."""
 
     def backward_sums(self, recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Sums:
         """The sums that dx and the gradients of the parameters are made of."""
