@@ -3,11 +3,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.11.0 torchaudio==2.11.0
 BIN := .venv/bin
 JOBS ?= 2
-# Where there is a compiler, kernels that do not build or load are an error: of `make env`, and of the tests.
-export FLEXNORM_BUILD ?= $(if $(shell command -v $(or $(CXX),c++)),required,optional)
-
-# Where there is a compiler, kernels that do not build are an error.
-BUILD := $(if $(shell command -v g++ || command -v c++),required,optional)
+# Where there is a compiler, kernels that do not build or do not load are an error: of `make env`, and of the tests.
+export FLEXNORM_BUILD ?= $(if $(shell command -v g++ || command -v c++),required,optional)
 KERNELS := setup.py $(wildcard flexnorm/kernels/cpu/*.cpp flexnorm/kernels/cpu/*.h)
 
 .PHONY: env demo test test-fast asan wheel bench bench-quick lint format clean
@@ -23,7 +20,7 @@ env: .venv/ready .venv/built
 	@touch $@
 
 .venv/built: .venv/ready $(KERNELS)
-	FLEXNORM_BUILD=$(BUILD) $(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 demo: env

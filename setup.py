@@ -42,6 +42,7 @@ class Kernels(build_ext):
         wanted = os.environ.get("FLEXNORM_BUILD", "optional")
         target = Path(self.get_ext_fullpath(ext.name))
         if wanted == "none":
+            target.unlink(missing_ok=True)  # that of an earlier build
             return
         try:
             self._build(target)

@@ -191,7 +191,7 @@ def _compiling() -> bool:
     It is the operator always: on 2 cores torch.compile of the composition took 119 ms for GroupNorm of 16x256x56x56 and
     52 ms for LayerNorm of 32x512x768, where the operator took 26 and 11.
     """
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return torch.compiler.is_dynamo_compiling()
 
 
 def _any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
@@ -206,8 +206,8 @@ def _seen_through(tensors: Iterable[Tensor | None]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
     for t in tensors:
-        if t is not None and type(t) is not Tensor and type(t) is not torch.nn.Parameter:
-            return True
+        if t is not None and (t.is_neg() or (type(t) is not Tensor and type(t) is not torch.nn.Parameter)):
+            return True  # a lazy minus sign is not in memory, and who knows what a subclass means
     return _derived(tensors)
 
 

@@ -120,6 +120,10 @@ class Partition:
         """What others have worked out for these groups; it goes with them."""
         return {}
 
+    def check(self) -> None:
+        """Raises, unless 0 <= id < count: of ids that came without a check, as from `torch.utils._pytree.tree_map`."""
+        _check_range(self.ids, self.count)
+
     # --- a value -----------------------------------------------------------------------------------------------------
 
     @property

@@ -113,6 +113,11 @@ def inverse_sigma(recipe: Recipe, moments: Moments) -> Tensor:
     return v.where(usable, 1.0).rsqrt().where(usable, 0.0)
 
 
+DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda dz, z: torch.ops.aten.threshold_backward(dz, z, 0),
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+}
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
 
@@ -141,12 +146,12 @@ def _backward_values(recipe: Recipe, operands: Operands, moments: Moments, dy: T
     xhat = _normalized(recipe, operands, moments)
     dz = _values(recipe, operands, dy)
     if recipe.activation is not None:
-        higher = torch.is_grad_enabled()
         z = _affine(recipe, operands, xhat)
-        z = z if z.requires_grad else z.detach().requires_grad_()
-        with torch.enable_grad():
-            y = ACTIVATIONS[recipe.activation](z)
-        (dz,) = torch.autograd.grad(y, z, dz, create_graph=higher)
+        if torch.is_grad_enabled():  # it will be differentiated again
+            z = z if z.requires_grad else z.detach().requires_grad_()
+            (dz,) = torch.autograd.grad(ACTIVATIONS[recipe.activation](z), z, dz, create_graph=True)
+        else:
+            dz = DERIVATIVES[recipe.activation](dz, z)
     weight = operands.weight
     return xhat, dz, dz if weight is None else dz * _spread_param(recipe, weight, dz.dtype)
 

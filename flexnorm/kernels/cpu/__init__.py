@@ -101,6 +101,9 @@ class Program:
 
     def __init__(self, recipe: Recipe, x: Tensor, form: Form) -> None:
         sets, params, mask = recipe.sets, recipe.params, recipe.mask
+        for operand in (sets, params):
+            for label in () if operand is None else operand.labels.values():
+                label.check()  # a kernel reads memory where an id says
         self.kept: list[Any] = [form]
         self.dtype = stat_dtype(x.dtype)
         self.size = self.dtype.itemsize

@@ -289,8 +289,11 @@ class Kernel {
         std::vector<Part> parts;
         // Sums per column want many rows, sums of runs long ones.
         bool tall = walk.by_column(range.rows, SHORT);
-        int64_t width = std::min(f.columns, tall ? std::max(TILE, CHUNK / range.rows) : CHUNK);
-        int64_t height = std::max<int64_t>(1, CHUNK / width);
+        int64_t size = range.rows * f.columns, chunk = CHUNK;
+        // A part keeps sums of all sets of the range; together they take no more memory than x.
+        if (f.sets.kind == TABLE) chunk = std::max(chunk, size / std::max<int64_t>(2, size / (8 * f.sets.count)));
+        int64_t width = std::min(f.columns, tall ? std::max(TILE, chunk / range.rows) : chunk);
+        int64_t height = std::max<int64_t>(1, chunk / width);
         for (int64_t r = 0; r < range.rows; r += height)
             for (int64_t k = 0; k < f.columns; k += width)
                 parts.push_back({r, std::min(r + height, range.rows), k, std::min(k + width, f.columns)});
