@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def normalize(
         rule = f"{'weight' if weight is not None else 'bias'} is given, and affine= does not say what its axes are"
         received = shown(weight if weight is not None else bias)
         raise SpecError(say(rule, text=spec.text, received=received, instead='affine="c", say'))
-    formula = Formula(spec, options, () if params is None else (params,), told)
+    formula = _formula(spec, options, params, tuple(told.items()))
     y, _ = run(formula, x, mask, () if params is None else ((weight, bias),), moments, partitions)
     return y
 
@@ -123,10 +124,22 @@ def moments(
     """
     spec = Spec.parse(pattern)
     told, partitions = _names(spec, None, sizes, labels, names)
-    recipe, operands = Formula(spec, Options(), (), told).prepare(x, mask, (), partitions)
+    recipe, operands = _formula(spec, Options(), None, tuple(told.items())).prepare(x, mask, (), partitions)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, mask))
     plan = choose(recipe, operands, differentiated=False, transformed=differentiated or _seen_through((x, mask)))
     return ROOMS.get(plan.room, aten).statistics(recipe, operands).outward(recipe.sets)  # type: ignore[no-any-return]
+
+
+def _formula(spec: Spec, options: Options, params: Expr | None, sizes: tuple[tuple[str, int], ...]) -> Formula:
+    """The same formula for the same arguments, as it keeps what is worked out for them."""
+    if torch.compiler.is_compiling():
+        return _kept_formula.__wrapped__(spec, options, params, sizes)
+    return _kept_formula(spec, options, params, sizes)
+
+
+@lru_cache(maxsize=1024)
+def _kept_formula(spec: Spec, options: Options, params: Expr | None, sizes: tuple[tuple[str, int], ...]) -> Formula:
+    return Formula(spec, options, () if params is None else (params,), dict(sizes))
 
 
 def _names(

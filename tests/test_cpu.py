@@ -926,7 +926,7 @@ def test_any_problem(d):
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None, suppress_health_check=HEALTH)
+@settings(max_examples=1000, deadline=None, suppress_health_check=HEALTH)
 @given(drawn())
 def test_any_problem_at_length(d):
     note(f"from test_cpu import *\ncheck_drawn({d!r})")
