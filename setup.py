@@ -16,6 +16,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
+WANTED = os.environ.get("FLEXNORM_BUILD", "optional")
 SOURCES = Path("flexnorm/kernels/cpu")
 # Sums are in the order in which they are written, on every machine: no fused or reordered arithmetic.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
@@ -39,15 +40,14 @@ class Kernels(build_ext):
 
     def build_extension(self, ext):
         """One warning, and no library, if it cannot be built."""
-        wanted = os.environ.get("FLEXNORM_BUILD", "optional")
         target = Path(self.get_ext_fullpath(ext.name))
-        if wanted == "none":
+        if WANTED == "none":
             target.unlink(missing_ok=True)  # that of an earlier build
             return
         try:
             self._build(target)
         except Exception as error:
-            if wanted == "required":
+            if WANTED == "required":
                 raise
             target.unlink(missing_ok=True)
             print(
@@ -92,7 +92,10 @@ class Wheel(bdist_wheel):
 
 sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
 headers = sorted(str(path) for path in SOURCES.glob("*.h"))
+optional = WANTED != "required"  # then setuptools does not miss the file either
 setup(
-    ext_modules=[Extension("flexnorm.kernels.cpu._kernels", sources, depends=headers, language="c++")],
+    ext_modules=[
+        Extension("flexnorm.kernels.cpu._kernels", sources, depends=headers, language="c++", optional=optional)
+    ],
     cmdclass={"build_ext": Kernels, "bdist_wheel": Wheel},
 )
