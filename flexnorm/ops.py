@@ -185,7 +185,8 @@ def _fake_backward_dx(x: Tensor, mask: Tensor | None, *others: Any) -> list[Tens
 _LIBRARY: Any = torch.library.Library("flexnorm", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name, _schema in _SCHEMAS.items():
     _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
+    # Below autograd, where nothing can be differentiated again: the rooms must not try.
+    _LIBRARY.impl(_name, torch.no_grad()(globals()[f"_{_name}"]), "CompositeExplicitAutograd")
     torch.library.register_fake(f"flexnorm::{_name}", globals()[f"_fake_{_name}"], lib=_LIBRARY)
 
 
