@@ -125,9 +125,10 @@ def moments(
     spec = Spec.parse(pattern)
     told, partitions = _names(spec, None, sizes, labels, names)
     recipe, operands = _formula(spec, Options(), None, tuple(told.items())).prepare(x, mask, (), partitions)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, mask))
-    plan = choose(recipe, operands, differentiated=False, transformed=differentiated or _seen_through((x, mask)))
-    return ROOMS.get(plan.room, aten).statistics(recipe, operands).outward(recipe.sets)  # type: ignore[no-any-return]
+    seen = _seen_through((x, mask)) or (torch.is_grad_enabled() and _any_requires_grad((x, mask)))
+    plan = choose(recipe, operands, differentiated=False, transformed=seen, moments="asked for")
+    room: Room = ROOMS[plan.room]
+    return room.statistics(recipe, operands).outward(recipe.sets)
 
 
 def _formula(spec: Spec, options: Options, params: Expr | None, sizes: tuple[tuple[str, int], ...]) -> Formula:
