@@ -21,18 +21,38 @@ namespace ARCH {
 constexpr int64_t LARGE = 1 << 18;   // elements of a range that is cut: 1 MiB of float32, the second cache of a core
 constexpr int64_t CHUNK = 1 << 16;   // elements of a chunk
 constexpr int64_t GRAIN = 1 << 15;   // elements that pay for waking a thread (5 us)
+constexpr double FAR = 17;           // times that M2 may have been added, before the shift was too far away: 4 sigma
+constexpr int64_t MOST_ROWS = 64;    // whose parameter gradients are added in float32
 constexpr int64_t SLOTS = 32;        // places that parameter gradients are summed in, each by one thread
 
+// f(0) ... f(n - 1). Every thread goes through a share of its own, forwards, so that what it asks memory for ahead of time is
+// its own too; whoever is done takes from the end of another's share.
 template <class F>
 void parallel(int64_t threads, int64_t n, F&& f) {
     threads = std::min(threads, n);
 #ifdef _OPENMP
     if (threads > 1) {
-        std::atomic<int64_t> next{0};
+        struct alignas(64) Share {
+            std::atomic<uint64_t> rest;  // begin in the lower half, end in the upper
+        };
+        auto packed = [](uint64_t begin, uint64_t end) { return begin | end << 32; };
+        std::unique_ptr<Share[]> shares(new Share[size_t(threads)]);
+        for (int64_t t = 0; t < threads; ++t) shares[t].rest = packed(t * n / threads, (t + 1) * n / threads);
+        auto take = [&](int64_t t, bool own) -> int64_t {
+            uint64_t rest = shares[t].rest;
+            for (;;) {
+                uint64_t begin = uint32_t(rest), end = rest >> 32;
+                if (begin >= end) return -1;
+                uint64_t left = own ? packed(begin + 1, end) : packed(begin, end - 1);
+                if (shares[t].rest.compare_exchange_weak(rest, left)) return int64_t(own ? begin : end - 1);
+            }
+        };
         std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(int(threads))
         try {
-            for (int64_t i; (i = next++) < n;) f(i);
+            int64_t me = omp_get_thread_num();
+            for (int64_t other = 0; other < threads; ++other)
+                for (int64_t i; (i = take((me + other) % threads, other == 0)) >= 0;) f(i);
         } catch (...) {
             failed = true;
         }
@@ -64,25 +84,33 @@ class Array {
     int64_t size = 0;
 };
 
-// What is summed of some sets: the count, and with d = x - shift the sums of d and of d * d.
-// After `close` the mean is shift + s, and q is M2.
+// What is summed of some sets: the count, and with d = x - shift the sums of d and of d * d; and what was added to get
+// there, which is more than q where columns had shifts of their own.
+// After `close` the mean is shift + s, q is M2, and `added` says how many times M2 had been added.
 struct Sums {
-    double *n, *shift, *s, *q;
+    double *n, *shift, *s, *q, *added;
 
-    Sums at(int64_t i) const { return {n + i, shift + i, s + i, q + i}; }
+    Sums at(int64_t i) const { return {n + i, shift + i, s + i, q + i, added + i}; }
 
     void clear(int64_t count, bool keep_shift) const {
-        fill(n, count, 0.0), fill(s, count, 0.0), fill(q, count, 0.0);
+        fill(n, count, 0.0), fill(s, count, 0.0), fill(q, count, 0.0), fill(added, count, 0.0);
         if (!keep_shift) fill(shift, count, 0.0);
     }
 
-    void close(int64_t count) const {
-        double *RESTRICT n = this->n, *RESTRICT s = this->s, *RESTRICT q = this->q;
-        SIMD for (int64_t i = 0; i < count; ++i) {
+    // The most times that M2 of a set had been added.
+    double close(int64_t count) const {
+        double *RESTRICT n = this->n, *RESTRICT s = this->s, *RESTRICT q = this->q, *RESTRICT added = this->added;
+        double most = 0;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < count; ++i) {
             double d = s[i] / (n[i] > 0 ? n[i] : 1.0), rest = q[i] - s[i] * d;
+            double times = std::max(q[i], added[i]) / (rest > 0 ? rest : q[i] > 0 ? 1e-300 : 1.0);
+            added[i] = times;
+            most = times > most ? times : most;
             s[i] = d;
             q[i] = rest < 0 ? 0 : rest;
         }
+        return most;
     }
 
     // Chan, Golub, LeVeque 1979; both closed.
@@ -117,27 +145,27 @@ struct Sets {
 template <class T>
 class Scratch {
    public:
-    // Were they TILE wide, all buffers would lie whole pages apart, and loads wait for stores to the others (of which
-    // the processor compares the last twelve bits).
-    static constexpr int64_t WIDTH = TILE + 48;
+    // Were they powers of two wide, all buffers would lie whole pages apart, and loads wait for stores to the others (of
+    // which the processor compares the last twelve bits).
+    static constexpr int64_t NARROW = TILE + 48, WIDE = SPAN + 48;
 
     // Of the columns of a tile.
-    T lane[6][WIDTH], a[WIDTH], d[WIDTH];
-    T x[4][WIDTH], dy[WIDTH], xhat[WIDTH], dz[WIDTH], out[WIDTH], w[WIDTH], b[WIDTH], weights[WIDTH], scaled[2][WIDTH];
-    T ones[WIDTH], zeros[WIDTH];
-    uint8_t bytes[WIDTH];
-    double column[4][WIDTH];
-    Sums columns{column[0], column[1], column[2], column[3]};
+    T lane[6][NARROW], a[NARROW], d[NARROW], scaled[2][WIDE];
+    double column[5][NARROW];
+    Sums columns{column[0], column[1], column[2], column[3], column[4]};
+    // Of those of a span.
+    T x[8][WIDE], dy[WIDE], dz[WIDE], out[WIDE], w[WIDE], b[WIDE], weights[WIDE], ones[WIDE], zeros[WIDE];
+    uint8_t bytes[WIDE];
 
-    Scratch() { fill(ones, TILE, T(1)), fill(zeros, TILE, T(0)); }
+    Scratch() { fill(ones, SPAN, T(1)), fill(zeros, SPAN, T(0)); }
 
     Sets<T> sets(int64_t count) {
         int64_t n = (count + 23) / 16 * 16 + 8;
-        doubles.reserve(7 * n), values.reserve(8 * n);
+        doubles.reserve(8 * n), values.reserve(8 * n);
         double* d = doubles.data();
         T* v = values.data();
-        return {{d, d + n, d + 2 * n, d + 3 * n}, d + 4 * n, d + 5 * n, d + 6 * n, v, v + n, v + 2 * n, v + 3 * n,
-                v + 4 * n, v + 5 * n, v + 6 * n, v + 7 * n};
+        return {{d, d + n, d + 2 * n, d + 3 * n, d + 4 * n}, d + 5 * n, d + 6 * n, d + 7 * n, v, v + n, v + 2 * n,
+                v + 3 * n, v + 4 * n, v + 5 * n, v + 6 * n, v + 7 * n};
     }
 
     static Scratch& here() {
@@ -164,9 +192,6 @@ class Kernel {
             for (int64_t d = 0; d < n; ++d) one_param = one_param && !dims[d].step[PARAM] && !dims[d].step[PARAM_BLOCK];
         };
         check(f.inner, f.n_inner), check(f.segment, f.n_segment);
-        const Dim* next = f.n_segment && f.outer_at == f.n_outer ? f.segment : f.n_outer ? f.outer + (f.n_outer - 1) : nullptr;
-        int64_t steps = next == f.segment ? walk.elements / std::max<int64_t>(1, f.groups) : 1;
-        if (next && !f.order) ahead = next->step[X] * steps, ahead_y = next->step[Y] * steps;
     }
 
     void run() {
@@ -208,6 +233,7 @@ class Kernel {
         const T* w = nullptr;  // along the columns, or null: then w and b are `ws` and `bs`
         const T* b = nullptr;
         T ws = 1, bs = 0;
+        bool known = false;
     };
 
     struct Share {  // what the mask says of a row and some columns
@@ -215,11 +241,39 @@ class Kernel {
         T one = 1;                       // the weight of all
         const uint8_t* bytes = nullptr;  // or along the columns
         const T* weights = nullptr;
+
+        Share from(int64_t k) const { return {outside, one, bytes ? bytes + k : nullptr, weights ? weights + k : nullptr}; }
     };
+
+    struct Slot {  // where one thread sums the gradients of parameters and weights
+        double *w = nullptr, *b, *mask;
+        T *lane_w, *lane_b;       // sums of some rows, where all rows have the same parameters along the columns
+        int64_t* rows = nullptr;  // how many; null where there are no such sums
+
+        explicit operator bool() const { return w != nullptr; }
+    };
+
+    // An operand along the columns, or one for all.
+    template <class F>
+    static void with(const T* along, T one, F&& f) {
+        if (along) f(Each<T>{along});
+        else f(One<T>{one});
+    }
+    template <class F>
+    static void with(const Params& p, int64_t at, F&& f) {  // weight and bias
+        if (p.w) f(Each<T>{p.w + at}, Each<T>{p.b + at});
+        else f(One<T>{p.ws}, One<T>{p.bs});
+    }
 
     struct Lanes {  // of the sets of some columns, one each
         const T *high, *r, *c, *c1, *c2, *v;
+
+        Standard<Each<T>> standard() const { return {{high}, {r}, {c}}; }
     };
+
+    static Standard<One<T>> standard(const Sets<T>& sets, int64_t id) {
+        return {{sets.high[id]}, {sets.r[id]}, {sets.c[id]}};
+    }
 
     std::vector<Task> cut() const {
         std::vector<Task> tasks;
@@ -288,17 +342,17 @@ class Kernel {
     void large(const Range& range, int64_t threads) {
         std::vector<Part> parts;
         // Sums per column want many rows, sums of runs long ones.
-        bool tall = walk.by_column(range.rows, SHORT);
+        bool tall = walk.by_column(range.rows);
         int64_t size = range.rows * f.columns, chunk = CHUNK;
         // A part keeps sums of all sets of the range; together they take no more memory than x.
         if (f.sets.kind == TABLE) chunk = std::max(chunk, size / std::max<int64_t>(2, size / (8 * f.sets.count)));
+        chunk = (chunk + 63) / 64 * 64;
         int64_t width = std::min(f.columns, tall ? std::max(TILE, chunk / range.rows) : chunk);
         int64_t height = std::max<int64_t>(1, chunk / width);
         for (int64_t r = 0; r < range.rows; r += height)
             for (int64_t k = 0; k < f.columns; k += width)
                 parts.push_back({r, std::min(r + height, range.rows), k, std::min(k + width, f.columns)});
         int64_t n = parts.size(), count = f.sets.count;
-        int64_t next = std::exchange(ahead, 0), next_y = std::exchange(ahead_y, 0);
         bool each = f.sets.kind == EACH;  // then a part knows the sets of its own columns only
         Own& own = Own::here();
         Sets<T> all = own.sets(count);
@@ -313,9 +367,9 @@ class Kernel {
             std::vector<Sums> sums(n);
             parallel(threads, n, [&](int64_t p) {
                 int64_t own = last(p) - first(p);
-                memory[p].reserve(4 * own);
+                memory[p].reserve(5 * own);
                 double* d = memory[p].data();
-                sums[p] = {d, d + own, d + 2 * own, d + 3 * own};
+                sums[p] = {d, d + own, d + 2 * own, d + 3 * own, d + 4 * own};
                 sum(Own::here(), sums[p], range, parts[p]);
             });
             all.sums.clear(count, false);
@@ -331,12 +385,11 @@ class Kernel {
             parallel(threads, n, [&](int64_t p) {  // backwards: the last parts may still be in a cache
                 apply(Own::here(), all, range, parts[n - 1 - p]);
             });
-        if (c.what < BACKWARD) {
-            ahead = next, ahead_y = next_y;
-            return;
-        }
+        if (c.what < BACKWARD) return;
         // Where every element has a parameter of its own, no two parts meet in one.
         bool alone = f.injective && !wants_mask();
+        bool lanes_before = lane_sums_of_params;
+        if (alone) lane_sums_of_params = false;  // whose rows one thread counts
         int64_t slots = alone || !wants_slots() ? n : std::min(n_slots, n);
         auto by_slot = [&](auto&& body) {  // body(part, slot)
             parallel(threads, slots, [&](int64_t s) {
@@ -364,22 +417,23 @@ class Kernel {
             sets([&](int64_t begin, int64_t end) { read_dots(all, &range, 1, begin, end); });
         if (c.what != BACKWARD_SUMS)
             by_slot([&](int64_t p, int64_t slot) { gradients(Own::here(), all, range, parts[n - 1 - p], slot); });
-        ahead = next, ahead_y = next_y;
+        lane_sums_of_params = lanes_before;
     }
 
-    // A part of a range, either in tiles of columns (tile(rows, how many, block, k, n)) or in runs of one set
-    // (run(row, k, n, id)). Sums per column pay where rows share them, or where runs are short.
-    template <class Tile, class Run>
-    void pieces(const Range& range, const Part& part, int64_t shortest, Tile&& tile, Run&& run) const {
+    // A part of a range, either in tiles of columns for many rows (tile(rows, how many, block, k, n)), or row by row in spans
+    // of runs that meet one set each (span(row, block, k, n)). Sums per column pay where rows share them, or where runs
+    // are short.
+    template <class Tile, class Span>
+    void pieces(const Range& range, const Part& part, Tile&& tile, Span&& span) const {
         walk.rows(range, part.r0, part.r1, [&](const Row* rows, int64_t n_rows) {
             int64_t block = rows[0].at[SET_BLOCK];
-            if (walk.by_column(n_rows, shortest)) {
+            if (walk.by_column(n_rows)) {
                 for (int64_t k = part.k0; k < part.k1; k += TILE)
                     tile(rows, n_rows, block, k, std::min(TILE, part.k1 - k));
             } else
                 for (int64_t i = 0; i < n_rows; ++i)
-                    walk.runs(block, part.k0, part.k1,
-                              [&](int64_t k, int64_t end, int64_t id) { run(rows[i], k, end - k, id); });
+                    for (int64_t k = part.k0; k < part.k1; k += SPAN)
+                        span(rows[i], block, k, std::min(SPAN, part.k1 - k));
         });
     }
 
@@ -508,7 +562,8 @@ class Kernel {
 
     // --- operands along columns k..k+n of a row
 
-    // Asks for what the next range reads and writes, while this one is worked on: then memory is busy all the time.
+    // Asks for what the next range reads and writes, while this one is worked on. Where rows lie in order, processors do
+    // that by themselves.
     template <int WRITE>
     static void fetch(const S* p, int64_t n) {
         for (int64_t k = 0; k < n; k += int64_t(64 / sizeof(S))) __builtin_prefetch(p + k, WRITE, 2);
@@ -526,7 +581,6 @@ class Kernel {
     static void put(const T*, S*, int64_t, std::true_type) {}
     static void put(const T* buffer, S* p, int64_t n, std::false_type) { store(buffer, p, n); }
 
-    // The same for rows that lie anywhere.
     void fetch_rows(const Range& range) const {
         if (range.rows * f.columns > LARGE / 8) return;
         walk.rows(range, 0, range.rows, [&](const Row* rows, int64_t n) {
@@ -566,6 +620,7 @@ class Kernel {
 
     Params params(Own& own, const Row& row, int64_t k, int64_t n) const {
         Params p;
+        p.known = true;
         if (!weight && !bias) return p;
         int64_t at = row.at[PARAM];
         if (f.params.kind == ONE) {
@@ -602,31 +657,52 @@ class Kernel {
         sums.clear(count, false);
         pass(own, sums, range, part, !f.center);
         if (!f.center) fill(sums.s, count, 0.0);  // about zero
+        double most = sums.close(count);
+        if (!f.center) return;
+        // Once more about the mean, where one shifted pass loses digits: if the first element, which is the shift, lies far
+        // away; of doubles; and of weights, as it may weigh next to nothing.
+        bool all = std::is_same<T, double>::value || f.mask_kind == WEIGHTS;
+        if (all || most > FAR) again(own, sums, count, range, part, all ? 0.0 : FAR);
+    }
+
+    // Sets that are near stay as they are: what a set gives does not depend on the others.
+    void again(Own& own, const Sums& sums, int64_t count, const Range& range, const Part& part, double far) {
+        Array<double> memory;
+        if (far > 0) {
+            memory.reserve(5 * count);
+            double* to = memory.data();
+            for (const double* from : {sums.n, sums.shift, sums.s, sums.q, sums.added}) {
+                std::memcpy(to, from, sizeof(double) * size_t(count));
+                to += count;
+            }
+        }
+        for (int64_t i = 0; i < count; ++i) sums.shift[i] = double(T(sums.shift[i] + sums.s[i]));
+        sums.clear(count, true);
+        pass(own, sums, range, part, true);
         sums.close(count);
-        // Once more about the mean, where one shifted pass loses digits: of doubles, and if the first element, which is
-        // the shift, may weigh next to nothing and lie far from the others.
-        if (f.center && (std::is_same<T, double>::value || f.mask_kind == WEIGHTS)) {
-            for (int64_t i = 0; i < count; ++i) sums.shift[i] += sums.s[i];
-            sums.clear(count, true);
-            pass(own, sums, range, part, true);
-            sums.close(count);
+        if (!(far > 0)) return;
+        for (int64_t i = 0; i < count; ++i) {
+            const double* old = memory.data() + i;
+            if (old[4 * count] > far) continue;
+            sums.n[i] = old[0], sums.shift[i] = old[count], sums.s[i] = old[2 * count], sums.q[i] = old[3 * count];
         }
     }
 
     void pass(Own& own, const Sums& sums, const Range& range, const Part& part, bool fixed) {
         if (f.sets.kind == ONE && f.mask_kind == EVERYTHING) return pass_plain(own, sums, range, part, fixed);
         pieces(
-            range, part, SHORT,
+            range, part,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
-                if (f.sets.kind == EACH) {
-                    int64_t at = k - part.k0;
-                    columns(own, rows, n_rows, k, n, fixed, sums.n + at, sums.shift + at,
-                            sums.s + at, sums.q + at);
-                } else
-                    table(own, sums, rows, n_rows, block, k, n, fixed);
+                if (f.sets.kind == EACH) columns(own, sums.at(k - part.k0), rows, n_rows, k, n, fixed);
+                else table(own, sums, rows, n_rows, block, k, n, fixed);
             },
-            [&](const Row& row, int64_t k, int64_t n, int64_t id) {
-                run(sums, id, x + row.at[X] + k, own, share(own, row, k, n), n, fixed);
+            [&](const Row& row, int64_t block, int64_t k, int64_t n) {
+                Share share = this->share(own, row, k, n);
+                if (share.outside || share.one == 0) return;
+                const T* v = values(x + row.at[X] + k, own.x[0], n);
+                walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
+                    run(sums, id, v + (begin - k), share.from(begin - k), many, fixed);
+                });
             });
     }
 
@@ -635,8 +711,10 @@ class Kernel {
         const S* from = nullptr;
         int64_t length = 0;
         auto flush = [&] {
-            for (int64_t k = 0; k < length; k += TILE)
-                run(sums, 0, from + k, own, Share{}, std::min(TILE, length - k), fixed);
+            for (int64_t k = 0; k < length; k += SPAN) {
+                int64_t n = std::min(SPAN, length - k);
+                run(sums, 0, values(from + k, own.x[0], n), Share{}, Any{n}, fixed);
+            }
         };
         walk.rows(range, part.r0, part.r1, [&](const Row* rows, int64_t n_rows) {
             for (int64_t i = 0; i < n_rows; ++i) {
@@ -651,10 +729,10 @@ class Kernel {
         flush();
     }
 
-    void run(const Sums& sums, int64_t id, const S* p, Own& own, const Share& share, int64_t n, bool fixed) {
-        if (share.outside || share.one == 0) return;
-        const T* v = values(p, own.x[0], n);
+    template <class N>
+    INLINE void run(const Sums& sums, int64_t id, const T* v, const Share& share, N many, bool fixed) {
         double &count = sums.n[id], &shift = sums.shift[id], &s = sums.s[id], &q = sums.q[id];
+        int64_t n = many.n;
         if (!fixed && count == 0) {
             int64_t first = 0;
             if (share.bytes)
@@ -667,41 +745,41 @@ class Kernel {
         if (share.bytes) run_sums(v, share.bytes, n, shift, count, s, q);
         else if (share.weights) run_sums(v, share.weights, n, shift, count, s, q);
         else {
-            double a = 0, b = 0, w = double(share.one);
-            run_sums(v, n, shift, a, b);
-            s += w * a, q += w * b, count += w * double(n);
+            double both[2] = {}, w = double(share.one);
+            run_sums(v, many, shift, both);
+            s += w * both[0], q += w * both[1], count += w * double(n);
         }
     }
 
-    void columns(Own& own, const Row* rows, int64_t n_rows, int64_t k, int64_t n, bool fixed, double* count,
-                 double* shift, double* s, double* q) {
+    // Sums of every column of a tile over rows.
+    void columns(Own& own, const Sums& to, const Row* rows, int64_t n_rows, int64_t k, int64_t n, bool fixed) {
         double total = 0;
-        bool begun = fixed || count[0] > 0;
+        bool begun = fixed || to.n[0] > 0;
         for (int64_t i = 0; i < n_rows; ++i) {
             Share share = this->share(own, rows[i], k, n);
             if (share.outside || share.one == 0) continue;
             const T* v = values(x + rows[i].at[X] + k, own.x[0], n);
             if (f.mask_kind != EVERYTHING && f.mask.kind != ONE) {  // then columns differ in where they begin
-                if (share.weights) lane_sums(v, share.weights, n, fixed, count, shift, s, q);
+                if (share.weights) lane_sums(v, share.weights, n, fixed, to.n, to.shift, to.s, to.q);
                 else {
                     if (!share.bytes) fill(own.bytes, n, uint8_t(1));
-                    lane_sums(v, share.bytes ? share.bytes : own.bytes, n, fixed, count, shift, s, q);
+                    lane_sums(v, share.bytes ? share.bytes : own.bytes, n, fixed, to.n, to.shift, to.s, to.q);
                 }
                 continue;
             }
-            if (!begun) SIMD for (int64_t j = 0; j < n; ++j) shift[j] = double(v[j]);
+            if (!begun) SIMD for (int64_t j = 0; j < n; ++j) to.shift[j] = double(v[j]);
             begun = true;
-            if (f.mask_kind == EVERYTHING && i + 4 <= n_rows) {
-                const T* next[4] = {v};
-                for (int j = 1; j < 4; ++j) next[j] = values(x + rows[i + j].at[X] + k, own.x[j], n);
-                lane_sums(next[0], next[1], next[2], next[3], n, shift, s, q);
-                total += 4, i += 3;
+            if (f.mask_kind == EVERYTHING && i + 8 <= n_rows) {
+                const T* next[8] = {v};
+                for (int j = 1; j < 8; ++j) next[j] = values(x + rows[i + j].at[X] + k, own.x[j], n);
+                lane_sums(next, n, to.shift, to.s, to.q);
+                total += 8, i += 7;
             } else {
-                lane_sums(v, n, double(share.one), shift, s, q);
+                lane_sums(v, n, double(share.one), to.shift, to.s, to.q);
                 total += double(share.one);
             }
         }
-        if (total != 0) SIMD for (int64_t j = 0; j < n; ++j) count[j] += total;
+        if (total != 0) SIMD for (int64_t j = 0; j < n; ++j) to.n[j] += total;
     }
 
     // Short runs of columns: sums of each column first, which are then shifted to those of its set.
@@ -712,7 +790,7 @@ class Kernel {
         const Sums& each = own.columns;
         each.clear(n, false);
         if (fixed) gather(sums.shift, id, each.shift, n);
-        columns(own, rows, n_rows, k, n, fixed, each.n, each.shift, each.s, each.q);
+        columns(own, each, rows, n_rows, k, n, fixed);
         for (int64_t j = 0; j < n; ++j) {
             if (!(each.n[j] > 0)) continue;
             int64_t i = id[j];
@@ -721,6 +799,7 @@ class Kernel {
             sums.n[i] += m;
             sums.s[i] += each.s[j] + m * delta;
             sums.q[i] += each.q[j] + delta * (2 * each.s[j] + m * delta);
+            sums.added[i] += each.q[j];
         }
     }
 
@@ -750,34 +829,38 @@ class Kernel {
 
     void apply(Own& own, const Sets<T>& from, const Range& range, const Part& part) {
         pieces(
-            range, part, SHORT,
+            range, part,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
                 Lanes m = lanes(own, from, block, k, n, 3);
-                for (int64_t i = 0; i < n_rows; ++i) {
-                    if (i == 0 || !one_param) combine(own, m, params(own, rows[i], k, n), n);
-                    y_of(own, rows[i], k, n, [&](const T* v, T* t) { normalize(v, t, n, m.high, own.a, own.d); });
+                if (one_param) {
+                    Params p = params(own, rows[0], k, n);
+                    with(p, 0, [&](auto w, auto b) { fold(m.r, m.c, n, w, b, own.a, own.d); });
+                    m.r = own.a, m.c = own.d;
                 }
+                for (int64_t i = 0; i < n_rows; ++i)
+                    y_of(own, rows[i], k, n, [&](const T* v, T* t) {
+                        if (one_param) return normalize(v, t, Any{n}, m.standard());
+                        Params p = params(own, rows[i], k, n);
+                        with(p, 0, [&](auto w, auto b) { normalize(v, t, Any{n}, m.standard(), w, b); });
+                    });
             },
-            [&](const Row& row, int64_t k, int64_t n, int64_t id) {
+            [&](const Row& row, int64_t block, int64_t k, int64_t n) {
                 y_of(own, row, k, n, [&](const T* v, T* t) {
                     Params p = params(own, row, k, n);
-                    T high = from.high[id], r = from.r[id], c = from.c[id];
-                    if (p.w) normalize(v, t, n, high, r, c, p.w, p.b);
-                    else normalize(v, t, n, high, r * p.ws, c * p.ws + p.bs);
+                    walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
+                        Standard<One<T>> m = standard(from, id);
+                        int64_t at = begin - k;
+                        if (p.w) return normalize(v + at, t + at, many, m, Each<T>{p.w + at}, Each<T>{p.b + at});
+                        m.r.value *= p.ws, m.c.value = m.c.value * p.ws + p.bs;
+                        normalize(v + at, t + at, many, m);
+                    });
                 });
             });
-    }
-
-    void combine(Own& own, const Lanes& m, const Params& p, int64_t n) const {
-        if (p.w) fold(m.r, m.c, n, p.w, p.b, own.a, own.d);
-        else fold(m.r, m.c, n, p.ws, p.bs, own.a, own.d);
     }
 
     template <class F>
     void y_of(Own& own, const Row& row, int64_t k, int64_t n, F&& formula) {
         S* out = y + row.at[Y] + k;
-        fetch<0>(x + row.at[X] + k + ahead, n);
-        fetch<1>(out + ahead_y, n);
         T* t = target(out, own.out);
         Share share = membership(own, row, k, n);
         if (share.outside) fill(t, n, T(0));
@@ -791,130 +874,169 @@ class Kernel {
 
     // --- backward
 
-    // dz of a row, with xhat beside it: dy through the activation, 0 outside of the mask. It is dy itself where it can be.
-    const T* dz_of(Own& own, const Row& row, int64_t k, int64_t n, const Params& p, const Share& share) {
-        const T* g = values(dy + row.at[Y] + k, own.dy, n);
-        if (share.bytes) keep(own.xhat, share.bytes, n);
-        if (!f.activation && !share.bytes) return g;
-        std::memcpy(own.dz, g, sizeof(T) * size_t(n));
-        if (share.bytes) keep(own.dz, share.bytes, n);
-        if (f.activation) {
-            if (p.w) affine(own.xhat, own.out, n, p.w, p.b);
-            else affine(own.xhat, own.out, n, p.ws, p.bs);
-            activate_backward(f.activation, own.out, own.dz, n);
+    struct Pair {
+        const T *x, *dz;
+    };
+
+    // x and dz of some columns of a row: dy through the activation. Both are 0 outside of the mask, and the tensors
+    // themselves where they can be. xhat_and(f) calls f with the moments and parameters of every run.
+    template <class Z>
+    Pair pair(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, Z&& z) {
+        Pair p{values(x + row.at[X] + k, own.x[0], n), values(dy + row.at[Y] + k, own.dy, n)};
+        if (share.bytes) {
+            keep(p.x, own.x[1], share.bytes, n), keep(p.dz, own.dz, share.bytes, n);
+            p = {own.x[1], own.dz};
         }
-        return own.dz;
+        if (f.activation) {
+            if (p.dz != own.dz) std::memcpy(own.dz, p.dz, sizeof(T) * size_t(n));
+            z(p.x, own.out);
+            activate_backward(f.activation, own.out, own.dz, n);
+            p.dz = own.dz;
+        }
+        return p;
     }
 
-    void xhat_of(Own& own, const Row& row, int64_t k, int64_t n, const Lanes& m) {
-        normalize(values(x + row.at[X] + k, own.x[0], n), own.xhat, n, m.high, m.r, m.c);
+    Pair pair(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, const Params& p, const Lanes& m) {
+        return pair(own, row, k, n, share, [&](const T* v, T* z) {
+            with(p, 0, [&](auto w, auto b) { normalize(v, z, Any{n}, m.standard(), w, b); });
+        });
     }
-    void xhat_of(Own& own, const Sets<T>& from, const Row& row, int64_t k, int64_t n, int64_t id) {
-        normalize(values(x + row.at[X] + k, own.x[0], n), own.xhat, n, from.high[id], from.r[id], from.c[id]);
+
+    Pair pair(Own& own, const Row& row, int64_t block, int64_t k, int64_t n, const Share& share, const Params& p,
+              const Sets<T>& from) {
+        return pair(own, row, k, n, share, [&](const T* v, T* z) {
+            walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
+                int64_t at = begin - k;
+                Standard<One<T>> m = standard(from, id);
+                with(p, at, [&](auto w, auto b) { normalize(v + at, z + at, many, m, w, b); });
+            });
+        });
     }
 
     // Sums of g and g * xhat of a part of a range, sg[0] being that of set `first`; and of the parameters.
     void dots(Own& own, const Sets<T>& from, double* sg, double* sgx, int64_t first, const Range& range, const Part& part,
               int64_t slot) {
-        double* pw = c.dweight ? slot_of(slot) : nullptr;
-        double* pb = c.dbias ? slot_of(slot) + f.n_params : nullptr;
+        Slot of = c.dweight || c.dbias ? this->slot(slot) : Slot{};
         pieces(
-            range, part, SHORT,
+            range, part,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
-                bool tabled = f.sets.kind == TABLE;
                 Lanes m = lanes(own, from, block, k, n, 3);
-                double *a = tabled ? own.columns.s : sg + (k - first);
-                double *b = tabled ? own.columns.q : sgx + (k - first);
-                if (tabled) fill(a, n, 0.0), fill(b, n, 0.0);
+                // Sums of dz and dz * xhat, where all rows have the same parameters; else those of g and g * xhat.
+                T *a = own.a, *b = own.d;
+                fill(a, n, T(0)), fill(b, n, T(0));
+                Params p;
                 for (int64_t i = 0; i < n_rows; ++i) {
                     Share share = membership(own, rows[i], k, n);
                     if (share.outside) continue;
-                    Params p = params(own, rows[i], k, n);
-                    xhat_of(own, rows[i], k, n, m);
-                    const T* dz = dz_of(own, rows[i], k, n, p, share);
-                    if (p.w) lane_dots(dz, p.w, own.xhat, n, a, b);
-                    else lane_dots(dz, own.xhat, n, double(p.ws), a, b);
-                    if (pw || pb) param_dots(own, rows[i], k, n, dz, pw, pb);
+                    if (i == 0 || !one_param || !p.known) p = params(own, rows[i], k, n);
+                    Pair v = pair(own, rows[i], k, n, share, p, m);
+                    if (one_param) lane_dots(v.x, v.dz, Any{n}, m.standard(), One<T>{1}, a, b);
+                    else with(p.w, p.ws, [&](auto w) { lane_dots(v.x, v.dz, Any{n}, m.standard(), w, a, b); });
+                    if (of && !one_param) of_params(own, of, rows[i], k, n, v, m.standard());
                 }
-                const int32_t* ids = f.sets.table + block * f.columns + k;
-                if (tabled)
-                    for (int64_t j = 0; j < n; ++j) sg[ids[j]] += a[j], sgx[ids[j]] += b[j];
+                if (one_param && p.known) {
+                    if (of) add_to_params(of, rows[0], k, n, a, b);
+                    with(p.w, p.ws, [&](auto w) { multiply(a, n, w, a), multiply(b, n, w, b); });
+                }
+                if (f.sets.kind == TABLE) {
+                    const int32_t* ids = f.sets.table + block * f.columns + k;
+                    for (int64_t j = 0; j < n; ++j) sg[ids[j]] += double(a[j]), sgx[ids[j]] += double(b[j]);
+                } else {
+                    double *RESTRICT s = sg + (k - first), *RESTRICT t = sgx + (k - first);
+                    SIMD for (int64_t j = 0; j < n; ++j) s[j] += double(a[j]), t[j] += double(b[j]);
+                }
             },
-            [&](const Row& row, int64_t k, int64_t n, int64_t id) {
+            [&](const Row& row, int64_t block, int64_t k, int64_t n) {
                 Share share = membership(own, row, k, n);
                 if (share.outside) return;
                 Params p = params(own, row, k, n);
-                xhat_of(own, from, row, k, n, id);
-                const T* dz = dz_of(own, row, k, n, p, share);
-                if (p.w) {
-                    dot_sums(dz, p.w, own.xhat, n, sg[id], sgx[id]);
-                    if (pw || pb) param_dots(own, row, k, n, dz, pw, pb);
-                    return;
-                }
-                double s = 0, t = 0;
-                dot_sums(dz, own.xhat, n, s, t);
-                sg[id] += double(p.ws) * s, sgx[id] += double(p.ws) * t;
-                if (pw) pw[row.at[PARAM]] += t;
-                if (pb) pb[row.at[PARAM]] += s;
+                Pair v = pair(own, row, block, k, n, share, p, from);
+                if (of.rows && ++*of.rows == MOST_ROWS) settle_slot(of);
+                walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
+                    int64_t at = begin - k;
+                    Standard<One<T>> m = standard(from, id);
+                    double sums[2] = {};
+                    if (of.rows && p.w)
+                        dot_sums(v.x + at, v.dz + at, many, m, Each<T>{p.w + at}, sums, of.lane_b + begin, of.lane_w + begin);
+                    else if (p.w) {
+                        dot_sums(v.x + at, v.dz + at, many, m, Each<T>{p.w + at}, sums);
+                        if (of) of_params(own, of, row, begin, many.n, {v.x + at, v.dz + at}, m);
+                    } else {
+                        dot_sums(v.x + at, v.dz + at, many, m, One<T>{1}, sums);
+                        if (of) of.b[row.at[PARAM]] += sums[0], of.w[row.at[PARAM]] += sums[1];
+                        sums[0] *= double(p.ws), sums[1] *= double(p.ws);
+                    }
+                    sg[id] += sums[0], sgx[id] += sums[1];
+                });
             });
     }
 
-    void param_dots(Own& own, const Row& row, int64_t k, int64_t n, const T* dz, double* pw, double* pb) {
+    // Adds dz and dz * xhat of some columns of a row to the sums of their parameters.
+    template <class V>
+    void of_params(Own& own, const Slot& of, const Row& row, int64_t k, int64_t n, const Pair& v, const Standard<V>& m) {
         int64_t at = row.at[PARAM];
         if (f.params.kind == ONE) {
-            double s = 0, t = 0;
-            dot_sums(dz, own.xhat, n, s, t);
-            if (pw) pw[at] += t;
-            if (pb) pb[at] += s;
-        } else if (f.params.kind == EACH) {
-            double* spare = own.columns.n;  // where nobody asks for one of the two
-            lane_dots(dz, own.xhat, n, 1.0, pb ? pb + at + k : spare, pw ? pw + at + k : spare);
-        } else {
-            const int32_t* table = f.params.table + row.at[PARAM_BLOCK] * f.columns + k;
-            for (int64_t j = 0; j < n; ++j) {
-                if (pw) pw[at + table[j]] += double(dz[j]) * double(own.xhat[j]);
-                if (pb) pb[at + table[j]] += double(dz[j]);
+            double sums[2] = {};
+            dot_sums(v.x, v.dz, Any{n}, m, One<T>{1}, sums);
+            of.b[at] += sums[0], of.w[at] += sums[1];
+        } else if (f.params.kind == EACH)
+            lane_dots(v.x, v.dz, Any{n}, m, One<T>{1}, of.b + at + k, of.w + at + k);
+        else
+            for (int64_t begin = 0; begin < n; begin += TILE) {
+                int64_t many = std::min(TILE, n - begin);
+                T *g = own.scaled[0], *gx = own.scaled[1];
+                fill(g, many, T(0)), fill(gx, many, T(0));
+                lane_dots(v.x + begin, v.dz + begin, Any{many}, m, One<T>{1}, g, gx);
+                add_to_params(of, row, k + begin, many, g, gx);
             }
-        }
+    }
+
+    // The same, of sums of dz and dz * xhat.
+    void add_to_params(const Slot& of, const Row& row, int64_t k, int64_t n, const T* dz, const T* dzx) const {
+        int64_t at = row.at[PARAM];
+        const int32_t* table = f.params.table + row.at[PARAM_BLOCK] * f.columns + k;
+        double *RESTRICT b = of.b + at, *RESTRICT w = of.w + at;
+        if (f.params.kind == EACH)
+            SIMD for (int64_t j = 0; j < n; ++j) b[k + j] += double(dz[j]), w[k + j] += double(dzx[j]);
+        else if (f.params.kind == TABLE)
+            for (int64_t j = 0; j < n; ++j) b[table[j]] += double(dz[j]), w[table[j]] += double(dzx[j]);
+        else
+            for (int64_t j = 0; j < n; ++j) *b += double(dz[j]), *w += double(dzx[j]);
     }
 
     void gradients(Own& own, const Sets<T>& from, const Range& range, const Part& part, int64_t slot) {
-        double* pm = wants_mask() && (c.sum_g || c.what == BACKWARD) ? slot_of(slot) + 2 * f.n_params : nullptr;
+        double* pm = wants_mask() && (c.sum_g || c.what == BACKWARD) ? this->slot(slot).mask : nullptr;
         pieces(
-            range, part, SHORT,
+            range, part,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
                 Lanes m = lanes(own, from, block, k, n, 6);
                 for (int64_t i = 0; i < n_rows; ++i)
-                    dx_of(own, rows[i], k, n, pm, [&] { xhat_of(own, rows[i], k, n, m); },
-                          [&](const Share& share, const Params& p, const T* dz, T* t) {
-                              const T *c1 = m.c1, *c2 = m.c2;
-                              if (share.weights || share.one != 1) {
-                                  const T* w = share.weights;
-                                  if (!w) fill(own.a, n, share.one), w = own.a;
-                                  affine(c1, own.scaled[0], n, w, own.zeros), affine(c2, own.scaled[1], n, w, own.zeros);
-                                  c1 = own.scaled[0], c2 = own.scaled[1];
-                              }
-                              if (p.w) gradient(dz, own.xhat, t, n, p.w, c1, c2, m.r);
-                              else gradient(dz, own.xhat, t, n, p.ws, c1, c2, m.r);
-                          },
-                          [&](int64_t j) { return mask_dot(own.xhat[j], m.c1[j], m.c2[j], m.v[j]); });
+                    dx_of(own, rows[i], k, n, [&](const Share& share, T* t) {
+                        Params p = params(own, rows[i], k, n);
+                        Pair v = pair(own, rows[i], k, n, share, p, m);
+                        Each<T> c1{m.c1}, c2{m.c2};
+                        if (pm) mask_dots(pm, rows[i], k, n, v.x, m.standard(), c1, c2, Each<T>{m.v});
+                        with(share.weights, share.one, [&](auto part) {
+                            with(p.w, p.ws, [&](auto w) { gradient(v.x, v.dz, t, Any{n}, m.standard(), w, c1, c2, part); });
+                        });
+                    });
             },
-            [&](const Row& row, int64_t k, int64_t n, int64_t id) {
-                T c1 = from.c1[id], c2 = from.c2[id], r = from.r[id], v = from.v[id];
-                dx_of(own, row, k, n, pm, [&] { xhat_of(own, from, row, k, n, id); },
-                      [&](const Share& share, const Params& p, const T* dz, T* t) {
-                          if (share.weights) {
-                              affine(share.weights, own.scaled[0], n, c1, T(0));
-                              affine(share.weights, own.scaled[1], n, c2, T(0));
-                              fill(own.a, n, r);
-                              if (p.w) gradient(dz, own.xhat, t, n, p.w, own.scaled[0], own.scaled[1], own.a);
-                              else gradient(dz, own.xhat, t, n, p.ws, own.scaled[0], own.scaled[1], own.a);
-                          } else if (p.w)
-                              gradient(dz, own.xhat, t, n, p.w, c1 * share.one, c2 * share.one, r);
-                          else
-                              gradient(dz, own.xhat, t, n, p.ws, c1 * share.one, c2 * share.one, r);
-                      },
-                      [&](int64_t j) { return mask_dot(own.xhat[j], c1, c2, v); });
+            [&](const Row& row, int64_t block, int64_t k, int64_t n) {
+                dx_of(own, row, k, n, [&](const Share& share, T* t) {
+                    Params p = params(own, row, k, n);
+                    Pair v = pair(own, row, block, k, n, share, p, from);
+                    walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
+                        int64_t at = begin - k;
+                        Standard<One<T>> m = standard(from, id);
+                        One<T> c1{from.c1[id]}, c2{from.c2[id]};
+                        if (pm) mask_dots(pm, row, begin, many.n, v.x + at, m, c1, c2, One<T>{from.v[id]});
+                        with(share.weights ? share.weights + at : nullptr, share.one, [&](auto part) {
+                            with(p.w ? p.w + at : nullptr, p.ws, [&](auto w) {
+                                gradient(v.x + at, v.dz + at, t + at, many, m, w, c1, c2, part);
+                            });
+                        });
+                    });
+                });
             });
     }
 
@@ -924,27 +1046,29 @@ class Kernel {
         return -double(xhat * c1 + through_sigma);
     }
 
-    template <class Xhat, class Formula, class Dot>
-    void dx_of(Own& own, const Row& row, int64_t k, int64_t n, double* pm, Xhat&& xhat, Formula&& formula, Dot&& dot) {
+    // Adds the gradients of the weights of some columns of a row to their sums.
+    template <class V>
+    void mask_dots(double* pm, const Row& row, int64_t k, int64_t n, const T* v, const Standard<V>& m, V c1, V c2,
+                   V variance) const {
+        double total = 0;
+        for (int64_t j = 0; j < n; ++j) {
+            using P = Pack<T, 1>;
+            double dot = mask_dot(m.template xhat<P>(v, j).v[0], c1.template at<P>(j).v[0], c2.template at<P>(j).v[0],
+                                  variance.template at<P>(j).v[0]);
+            if (f.mask.kind == ONE) total += dot;
+            else pm[row.at[MASK] + (f.mask.kind == EACH ? k + j : f.mask.table[k + j])] += dot;
+        }
+        if (f.mask.kind == ONE) pm[row.at[MASK]] += total;
+    }
+
+    template <class F>
+    void dx_of(Own& own, const Row& row, int64_t k, int64_t n, F&& formula) {
         S* out = y + row.at[Y] + k;
-        fetch<0>(x + row.at[X] + k + ahead, n);
-        fetch<0>(dy + row.at[Y] + k + ahead_y, n);
-        fetch<1>(out + ahead_y, n);
         T* t = target(out, own.out);
         Share share = this->share(own, row, k, n);
         if (share.outside) fill(t, n, T(0));
         else {
-            Params p = params(own, row, k, n);
-            xhat();
-            const T* dz = dz_of(own, row, k, n, p, share);
-            if (pm) {
-                double total = 0;
-                for (int64_t j = 0; j < n; ++j)
-                    if (f.mask.kind == ONE) total += dot(j);
-                    else pm[row.at[MASK] + (f.mask.kind == EACH ? k + j : f.mask.table[k + j])] += dot(j);
-                if (f.mask.kind == ONE) pm[row.at[MASK]] += total;
-            }
-            formula(share, p, dz, t);
+            formula(share, t);
             if (share.bytes) keep(t, share.bytes, n);
         }
         put(t, out, n, Same());
@@ -953,9 +1077,29 @@ class Kernel {
     // --- gradients of parameters and weights: each slot is written by one thread, then all are added in order
 
     bool wants_mask() const { return c.what >= BACKWARD && c.what != BACKWARD_SUMS && c.dmask; }
-    bool wants_slots() const { return c.what >= BACKWARD && (c.dweight || c.dbias || wants_mask()); }
+    bool wants_params() const { return c.what >= BACKWARD && (c.dweight || c.dbias); }
+    bool wants_slots() const { return wants_params() || wants_mask(); }
     int64_t slot_size() const { return 2 * f.n_params + (wants_mask() ? f.n_mask : 0); }
     double* slot_of(int64_t slot) { return memory.data() + slot * slot_size(); }
+
+    Slot slot(int64_t i) {
+        Slot s;
+        s.w = slot_of(i), s.b = s.w + f.n_params, s.mask = s.b + f.n_params;
+        if (lane_sums_of_params) {
+            s.lane_w = lane_memory.data() + 2 * f.columns * i, s.lane_b = s.lane_w + f.columns;
+            s.rows = lane_rows.data() + i;
+        }
+        return s;
+    }
+
+    void settle_slot(const Slot& of) {
+        for (auto [to, from] : {std::pair{of.w, of.lane_w}, std::pair{of.b, of.lane_b}}) {
+            double* RESTRICT sum = to;
+            T* RESTRICT lane = from;
+            SIMD for (int64_t k = 0; k < f.columns; ++k) sum[k] += double(lane[k]), lane[k] = 0;
+        }
+        *of.rows = 0;
+    }
 
     void reserve_slots() {
         if (!wants_slots()) return;
@@ -963,9 +1107,15 @@ class Kernel {
         n_slots = std::max<int64_t>(1, std::min(SLOTS, f.numel / (8 * size)));
         memory.reserve(n_slots * size);
         fill(memory.data(), n_slots * size, 0.0);
+        lane_sums_of_params = wants_params() && f.params.kind == EACH && f.n_params == f.columns;
+        if (!lane_sums_of_params) return;
+        lane_memory.reserve(2 * f.columns * n_slots), lane_rows.reserve(n_slots);
+        fill(lane_memory.data(), 2 * f.columns * n_slots, T(0)), fill(lane_rows.data(), n_slots, int64_t(0));
     }
 
     void reduce_slots(int64_t threads) {
+        if (lane_sums_of_params)
+            for (int64_t i = 0; i < n_slots; ++i) settle_slot(slot(i));
         T* targets[3] = {static_cast<T*>(c.dweight), static_cast<T*>(c.dbias),
                          wants_mask() ? static_cast<T*>(c.dmask) : nullptr};
         int64_t sizes[3] = {f.n_params, f.n_params, f.n_mask}, first = 0;
@@ -973,11 +1123,13 @@ class Kernel {
             if (!targets[i]) continue;
             int64_t parts = std::min<int64_t>(threads, sizes[i] * n_slots / GRAIN + 1);
             parallel(threads, parts, [&](int64_t part) {
-                for (int64_t p = part * sizes[i] / parts; p < (part + 1) * sizes[i] / parts; ++p) {
-                    double total = 0;
-                    for (int64_t slot = 0; slot < n_slots; ++slot) total += slot_of(slot)[first + p];
-                    targets[i][p] = T(total);
+                int64_t begin = part * sizes[i] / parts, end = (part + 1) * sizes[i] / parts;
+                double* RESTRICT sum = slot_of(0) + first;
+                for (int64_t slot = 1; slot < n_slots; ++slot) {
+                    const double* RESTRICT more = slot_of(slot) + first;
+                    SIMD for (int64_t p = begin; p < end; ++p) sum[p] += more[p];
                 }
+                for (int64_t p = begin; p < end; ++p) targets[i][p] = T(sum[p]);
             });
         }
     }
@@ -991,9 +1143,11 @@ class Kernel {
     const uint8_t* bytes;
     const T* weights;
     Array<double> memory;  // [slots][weight, bias, mask]
+    Array<T> lane_memory;  // [slots][weight, bias]
+    Array<int64_t> lane_rows;
     int64_t n_slots = 1;
+    bool lane_sums_of_params = false;
     bool one_param;     // all rows of a range have the same parameters
-    int64_t ahead = 0, ahead_y = 0;  // from a range to the next, in x and in y
 };
 
 int run(const Form& form, const Call& call) {

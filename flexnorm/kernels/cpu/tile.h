@@ -8,12 +8,14 @@
 
 #include "form.h"
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 #define RESTRICT __restrict__
 #define SIMD _Pragma("omp simd")
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace ARCH {
 
@@ -83,18 +85,270 @@ inline void store(const float* RESTRICT x, f16* RESTRICT out, int64_t n) {
     for (; k < n; ++k) out[k].bits = narrow(x[k]);
 }
 
-// --- sums of one set over a run: of d = x - shift, and of d * d
+// --- packs: N elements that lie side by side, in as many vectors of this machine as they take. So loops are written once,
+// and what they add is added in the same order on every machine.
 
 template <class T>
-inline void run_sums(const T* RESTRICT x, int64_t n, double shift, double& s, double& q) {
-    double a = 0, b = 0;
-#pragma omp simd reduction(+ : a, b)
-    for (int64_t k = 0; k < n; ++k) {
-        double d = double(x[k]) - shift;
-        a += d;
-        b += d * d;
+constexpr int WIDTH = int(sizeof(T) == 8 ? 8 : 16);  // of the widest pack: 64 bytes
+
+#if defined(__AVX512F__)
+constexpr int REGISTER = 64;
+#elif defined(__AVX2__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+
+template <class T, int N>
+struct Vector {
+    typedef T type __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <class T>
+struct Vector<T, 1> {
+    typedef T type;
+};
+
+template <class T, int N>
+struct Pack {
+    static constexpr int M = N * int(sizeof(T)) <= REGISTER ? N : REGISTER / int(sizeof(T));  // in one vector
+    static constexpr int COUNT = N / M, SIZE = N;
+    using V = typename Vector<T, M>::type;
+    using Value = T;
+    V v[COUNT];
+
+    static INLINE Pack load(const T* p) {
+        Pack a;
+        for (int i = 0; i < COUNT; ++i) a.v[i] = *reinterpret_cast<const V*>(p + i * M);
+        return a;
     }
-    s += a, q += b;
+    INLINE void store(T* p) const {
+        for (int i = 0; i < COUNT; ++i) *reinterpret_cast<V*>(p + i * M) = v[i];
+    }
+    static INLINE Pack all(T value) {
+        Pack a;
+        for (int i = 0; i < COUNT; ++i) a.v[i] = value - V{};
+        return a;
+    }
+    friend INLINE Pack operator+(Pack a, const Pack& b) {
+        for (int i = 0; i < COUNT; ++i) a.v[i] += b.v[i];
+        return a;
+    }
+    friend INLINE Pack operator-(Pack a, const Pack& b) {
+        for (int i = 0; i < COUNT; ++i) a.v[i] -= b.v[i];
+        return a;
+    }
+    friend INLINE Pack operator*(Pack a, const Pack& b) {
+        for (int i = 0; i < COUNT; ++i) a.v[i] *= b.v[i];
+        return a;
+    }
+};
+
+// The lower and the upper half of a vector. Compilers send it through memory, and wait for it, unless they are told.
+template <class H, class V>
+INLINE H half(const V& v, int i) {
+    H h;
+    std::memcpy(&h, reinterpret_cast<const char*>(&v) + i * sizeof h, sizeof h);
+    return h;
+}
+#if defined(__AVX512F__)
+template <>
+INLINE Vector<float, 8>::type half(const Vector<float, 16>::type& v, int i) {
+    return i ? _mm512_extractf32x8_ps(__m512(v), 1) : _mm512_castps512_ps256(__m512(v));
+}
+template <>
+INLINE Vector<double, 4>::type half(const Vector<double, 8>::type& v, int i) {
+    return i ? _mm512_extractf64x4_pd(__m512d(v), 1) : _mm512_castpd512_pd256(__m512d(v));
+}
+#endif
+#if defined(__AVX2__)
+template <>
+INLINE Vector<float, 4>::type half(const Vector<float, 8>::type& v, int i) {
+    return i ? _mm256_extractf128_ps(__m256(v), 1) : _mm256_castps256_ps128(__m256(v));
+}
+template <>
+INLINE Vector<double, 2>::type half(const Vector<double, 4>::type& v, int i) {
+    return i ? _mm256_extractf128_pd(__m256d(v), 1) : _mm256_castpd256_pd128(__m256d(v));
+}
+#endif
+
+template <class T, int N>
+INLINE Pack<T, N / 2> half(const Pack<T, N>& a, int i) {
+    using H = Pack<T, N / 2>;
+    H h;
+    if constexpr (Pack<T, N>::COUNT > 1)
+        for (int j = 0; j < H::COUNT; ++j) h.v[j] = a.v[i * H::COUNT + j];
+    else h.v[0] = half<typename H::V>(a.v[0], i);
+    return h;
+}
+
+template <class T, int N>
+INLINE Pack<T, N / 2> halved(const Pack<T, N>& a) { return half(a, 0) + half(a, 1); }
+
+// The sum of all: halves are added until one is left.
+template <class T, int N>
+INLINE T total(const Pack<T, N>& a) {
+    if constexpr (N * sizeof(T) > 16) return total(halved(a));
+    else if constexpr (N == 4) return (a.v[0][0] + a.v[0][2]) + (a.v[0][1] + a.v[0][3]);
+    else if constexpr (N == 2) return a.v[0][0] + a.v[0][1];
+    else return a.v[0];
+}
+
+// The same of eight, in the order in which processors add two such sums at once.
+INLINE float pairwise(const Pack<float, 8>& a) {
+    float v[8];
+    a.store(v);
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]));
+}
+INLINE double pairwise(const Pack<double, 8>& a) {
+    double v[4];
+    halved(a).store(v);
+    return (v[0] + v[1]) + (v[2] + v[3]);
+}
+
+template <class T, int N>
+INLINE Pack<double, N> widened(const Pack<T, N>& a) {
+    Pack<double, N> w;
+    if constexpr (std::is_same<T, double>::value) w = a;
+    else if constexpr (N == 1) w.v[0] = double(a.v[0]);
+    else if constexpr (Pack<double, N>::COUNT == 1) w.v[0] = __builtin_convertvector(a.v[0], typename Pack<double, N>::V);
+    else {
+        Pack<double, N / 2> low = widened(half(a, 0)), high = widened(half(a, 1));
+        for (int i = 0; i < low.COUNT; ++i) w.v[i] = low.v[i], w.v[low.COUNT + i] = high.v[i];
+    }
+    return w;
+}
+
+// An operand of a loop: one value for all columns, or one for each.
+template <class T>
+struct One {
+    T value;
+    template <class P>
+    INLINE P at(int64_t) const { return P::all(value); }
+};
+template <class T>
+struct Each {
+    const T* p;
+    template <class P>
+    INLINE P at(int64_t k) const { return P::load(p + k); }
+};
+
+// A number of columns; one of which eight divides leaves short runs without a rest.
+struct Any {
+    int64_t n;
+};
+struct Eights {
+    int64_t n;
+};
+
+// f(a pack of the wanted size, k) for all columns.
+template <class T, class F>
+INLINE void sweep(Any columns, F&& f) {
+    constexpr int W = WIDTH<T>;
+    int64_t k = 0, n = columns.n;
+    for (; k + W <= n; k += W) f(Pack<T, W>{}, k);
+    if (k + W / 2 <= n) f(Pack<T, W / 2>{}, k), k += W / 2;
+    if (k + W / 4 <= n) f(Pack<T, W / 4>{}, k), k += W / 4;
+    for (; k < n; ++k) f(Pack<T, 1>{}, k);
+}
+template <class T, class F>
+INLINE void sweep(Eights columns, F&& f) {
+    for (int64_t k = 0; k < columns.n; k += 8) f(Pack<T, 8>{}, k);
+}
+
+template <class T, int N>
+INLINE void add_to(T* p, const Pack<T, N>& a) {
+    (Pack<T, N>::load(p) + a).store(p);
+}
+template <class T, int N, class = std::enable_if_t<!std::is_same<T, double>::value>>
+INLINE void add_to(double* p, const Pack<T, N>& a) {
+    (Pack<double, N>::load(p) + widened(a)).store(p);
+}
+
+// Adds to `sums` those of Q quantities: f(terms, k) gives them for a pack of columns. What is added in T is a tree of at most
+// 128 terms; the rest is in double.
+constexpr int TREE = 8;
+
+template <class T, int Q, class F>
+INLINE void reduce(Any columns, double* sums, F&& f) {
+    constexpr int W = 16;
+    using P = Pack<T, W>;
+    int64_t k = 0, n = columns.n;
+    if (n >= TREE * W) {
+        Pack<double, W> wide[Q] = {};
+        for (; k + TREE * W <= n; k += TREE * W) {
+            P a[Q], b[Q], c[Q], d[Q], e[Q];  // in the order in which it needs the fewest registers
+            f(a, k), f(b, k + W), f(c, k + 2 * W), f(d, k + 3 * W);
+            for (int q = 0; q < Q; ++q) a[q] = (a[q] + b[q]) + (c[q] + d[q]);
+            f(b, k + 4 * W), f(c, k + 5 * W), f(d, k + 6 * W), f(e, k + 7 * W);
+            for (int q = 0; q < Q; ++q) wide[q] = wide[q] + widened(a[q] + ((b[q] + c[q]) + (d[q] + e[q])));
+        }
+        for (int q = 0; q < Q; ++q) sums[q] += total(wide[q]);
+    }
+    if (k == n) return;
+    P a[Q] = {};
+    Pack<T, W / 2> b[Q] = {};
+    Pack<T, W / 4> c[Q] = {};
+    T rest[Q] = {};
+    for (; k + W <= n; k += W) {
+        P t[Q];
+        f(t, k);
+        for (int q = 0; q < Q; ++q) a[q] = a[q] + t[q];
+    }
+    if (k + W / 2 <= n) f(b, k), k += W / 2;
+    if (k + W / 4 <= n) f(c, k), k += W / 4;
+    for (; k < n; ++k) {
+        Pack<T, 1> t[Q];
+        f(t, k);
+        for (int q = 0; q < Q; ++q) rest[q] += t[q].v[0];
+    }
+    for (int q = 0; q < Q; ++q) sums[q] += double(total(halved(halved(a[q]) + b[q]) + c[q]) + rest[q]);
+}
+
+template <class T, int Q, class F>
+INLINE void reduce(Eights columns, double* sums, F&& f) {
+    Pack<T, 8> a[Q], t[Q];
+    f(a, 0);
+    for (int64_t k = 8; k < columns.n; k += 8) {
+        f(t, k);
+        for (int q = 0; q < Q; ++q) a[q] = a[q] + t[q];
+    }
+#if defined(__AVX2__)
+    if constexpr (Q == 2) {  // both at once
+        __m128d both;
+        if constexpr (std::is_same<T, float>::value) {
+            __m256 h = _mm256_hadd_ps(__m256(a[0].v[0]), __m256(a[1].v[0]));
+            h = _mm256_hadd_ps(h, h);
+            both = _mm_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+        } else {
+            Pack<T, 4> l = halved(a[0]), r = halved(a[1]);
+            __m256d h = _mm256_hadd_pd(__m256d(l.v[0]), __m256d(r.v[0]));
+            both = _mm_add_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
+        }
+        _mm_storeu_pd(sums, _mm_add_pd(_mm_loadu_pd(sums), both));
+        return;
+    }
+#endif
+    for (int q = 0; q < Q; ++q) sums[q] += double(pairwise(a[q]));
+}
+
+// --- sums of one set over a run: of d = x - shift, and of d * d
+
+// In doubles where they are few, as then no errors cancel.
+template <class T, class N>
+INLINE void run_sums(const T* x, N n, double shift, double* sums) {
+    if (n.n >= TREE * 16) {
+        reduce<T, 2>(Any{n.n}, sums, [=](auto* t, int64_t k) INLINE_LAMBDA {
+            using P = std::remove_reference_t<decltype(*t)>;
+            P d = P::load(x + k) - P::all(T(shift));
+            t[0] = d, t[1] = d * d;
+        });
+        return;
+    }
+    reduce<double, 2>(n, sums, [=](auto* t, int64_t k) INLINE_LAMBDA {
+        using D = std::remove_reference_t<decltype(*t)>;
+        D d = widened(Pack<T, D::SIZE>::load(x + k)) - D::all(shift);
+        t[0] = d, t[1] = d * d;
+    });
 }
 
 template <class T>
@@ -139,14 +393,18 @@ inline void lane_sums(const T* RESTRICT x, int64_t n, double weight, const doubl
     }
 }
 
+// Eight rows at once, so that one addition in eight is one of doubles.
 template <class T>
-inline void lane_sums(const T* RESTRICT x0, const T* RESTRICT x1, const T* RESTRICT x2, const T* RESTRICT x3,
-                      int64_t n, const double* RESTRICT shift, double* RESTRICT s, double* RESTRICT q) {
+inline void lane_sums(const T* const* rows, int64_t n, const double* RESTRICT shift, double* RESTRICT s,
+                      double* RESTRICT q) {
+    const T *RESTRICT x0 = rows[0], *RESTRICT x1 = rows[1], *RESTRICT x2 = rows[2], *RESTRICT x3 = rows[3];
+    const T *RESTRICT x4 = rows[4], *RESTRICT x5 = rows[5], *RESTRICT x6 = rows[6], *RESTRICT x7 = rows[7];
     SIMD for (int64_t k = 0; k < n; ++k) {
-        double c = shift[k];
-        double d0 = double(x0[k]) - c, d1 = double(x1[k]) - c, d2 = double(x2[k]) - c, d3 = double(x3[k]) - c;
-        s[k] += (d0 + d1) + (d2 + d3);
-        q[k] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+        T c = T(shift[k]);
+        T d0 = x0[k] - c, d1 = x1[k] - c, d2 = x2[k] - c, d3 = x3[k] - c;
+        T d4 = x4[k] - c, d5 = x5[k] - c, d6 = x6[k] - c, d7 = x7[k] - c;
+        s[k] += double(((d0 + d1) + (d2 + d3)) + ((d4 + d5) + (d6 + d7)));
+        q[k] += double(((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)) + ((d4 * d4 + d5 * d5) + (d6 * d6 + d7 * d7)));
     }
 }
 
@@ -164,57 +422,61 @@ inline void lane_sums(const T* RESTRICT x, const M* RESTRICT m, int64_t n, bool 
     }
 }
 
-// --- (x - mean) / sigma * weight + bias. The mean is high + low, and c = -low / sigma.
+// --- the moments of a set, or of the sets of some columns. The mean is high + low, r = 1 / sigma and c = -low / sigma.
 
-template <class T>
-inline void normalize(const T* RESTRICT x, T* RESTRICT y, int64_t n, T high, T a, T b) {
-    SIMD for (int64_t k = 0; k < n; ++k) y[k] = (x[k] - high) * a + b;
-}
-
-template <class T>
-inline void normalize(const T* RESTRICT x, T* RESTRICT y, int64_t n, T high, T r, T c, const T* RESTRICT w,
-                      const T* RESTRICT b) {
-    SIMD for (int64_t k = 0; k < n; ++k) y[k] = ((x[k] - high) * r + c) * w[k] + b[k];
-}
-
-template <class T>
-inline void normalize(const T* RESTRICT x, T* RESTRICT y, int64_t n, const T* RESTRICT high, const T* RESTRICT a,
-                      const T* RESTRICT b) {
-    SIMD for (int64_t k = 0; k < n; ++k) y[k] = (x[k] - high[k]) * a[k] + b[k];
-}
-
-// a = r * w and b = c * w + b: what is left of the moments and the parameters of a column
-template <class T>
-inline void fold(const T* RESTRICT r, const T* RESTRICT c, int64_t n, const T* RESTRICT w, const T* RESTRICT b,
-                 T* RESTRICT a, T* RESTRICT d) {
-    SIMD for (int64_t k = 0; k < n; ++k) {
-        a[k] = r[k] * w[k];
-        d[k] = c[k] * w[k] + b[k];
+template <class V>
+struct Standard {
+    V high, r, c;
+    template <class P>
+    INLINE P xhat(const typename P::Value* x, int64_t k) const {
+        return (P::load(x + k) - high.template at<P>(k)) * r.template at<P>(k) + c.template at<P>(k);
     }
+};
+template <class V>
+Standard(V, V, V) -> Standard<V>;
+
+// (x - mean) / sigma * weight + bias
+template <class T, class V, class W, class N>
+INLINE void normalize(const T* x, T* y, N n, const Standard<V>& m, W w, W b) {
+    sweep<T>(n, [=](auto pack, int64_t k) INLINE_LAMBDA {
+        using P = decltype(pack);
+        (m.template xhat<P>(x, k) * w.template at<P>(k) + b.template at<P>(k)).store(y + k);
+    });
 }
 
-template <class T>
-inline void fold(const T* RESTRICT r, const T* RESTRICT c, int64_t n, T w, T b, T* RESTRICT a, T* RESTRICT d) {
-    SIMD for (int64_t k = 0; k < n; ++k) {
-        a[k] = r[k] * w;
-        d[k] = c[k] * w + b;
-    }
+// The same, with r and c already times the weight, and the bias in c.
+template <class T, class V, class N>
+INLINE void normalize(const T* x, T* y, N n, const Standard<V>& m) {
+    sweep<T>(n, [=](auto pack, int64_t k) INLINE_LAMBDA { m.template xhat<decltype(pack)>(x, k).store(y + k); });
 }
 
-// z = xhat * w + b
-template <class T>
-inline void affine(const T* RESTRICT xhat, T* RESTRICT z, int64_t n, const T* RESTRICT w, const T* RESTRICT b) {
-    SIMD for (int64_t k = 0; k < n; ++k) z[k] = xhat[k] * w[k] + b[k];
+// r * w and c * w + b: what is left of the moments and the parameters of a column
+template <class T, class W>
+INLINE void fold(const T* r, const T* c, int64_t n, W w, W b, T* a, T* d) {
+    sweep<T>(Any{n}, [=](auto pack, int64_t k) INLINE_LAMBDA {
+        using P = decltype(pack);
+        P weight = w.template at<P>(k);
+        (P::load(r + k) * weight).store(a + k);
+        (P::load(c + k) * weight + b.template at<P>(k)).store(d + k);
+    });
 }
 
-template <class T>
-inline void affine(const T* RESTRICT xhat, T* RESTRICT z, int64_t n, T w, T b) {
-    SIMD for (int64_t k = 0; k < n; ++k) z[k] = xhat[k] * w + b;
+template <class T, class W>
+INLINE void multiply(const T* x, int64_t n, W w, T* y) {
+    sweep<T>(Any{n}, [=](auto pack, int64_t k) INLINE_LAMBDA {
+        using P = decltype(pack);
+        (P::load(x + k) * w.template at<P>(k)).store(y + k);
+    });
 }
 
 template <class T>
 inline void keep(T* RESTRICT y, const uint8_t* RESTRICT m, int64_t n) {
     SIMD for (int64_t k = 0; k < n; ++k) y[k] = m[k] ? y[k] : T(0);
+}
+
+template <class T>
+inline void keep(const T* RESTRICT x, T* RESTRICT y, const uint8_t* RESTRICT m, int64_t n) {
+    SIMD for (int64_t k = 0; k < n; ++k) y[k] = m[k] ? x[k] : T(0);
 }
 
 // Whether all of a mask is outside (0), inside (1), or neither (2).
@@ -315,75 +577,50 @@ inline void activate_backward(int64_t activation, const T* RESTRICT z, T* RESTRI
     }
 }
 
-// --- backward: sums of g = dz * weight and of g * xhat, of dz and of dz * xhat
+// --- backward
 
-template <class T>
-inline void dot_sums(const T* RESTRICT dz, const T* RESTRICT xhat, int64_t n, double& a, double& b) {
-    double s = 0, t = 0;
-#pragma omp simd reduction(+ : s, t)
-    for (int64_t k = 0; k < n; ++k) {
-        s += double(dz[k]);
-        t += double(dz[k]) * double(xhat[k]);
-    }
-    a += s, b += t;
+// Adds to `sums` those of g = dz * w and of g * xhat of a run.
+template <class T, class V, class W, class N>
+INLINE void dot_sums(const T* x, const T* dz, N n, const Standard<V>& m, W w, double* sums) {
+    reduce<T, 2>(n, sums, [=](auto* t, int64_t k) INLINE_LAMBDA {
+        using P = std::remove_reference_t<decltype(*t)>;
+        P g = P::load(dz + k) * w.template at<P>(k);
+        t[0] = g, t[1] = g * m.template xhat<P>(x, k);
+    });
 }
 
-template <class T>
-inline void dot_sums(const T* RESTRICT dz, const T* RESTRICT w, const T* RESTRICT xhat, int64_t n, double& a,
-                     double& b) {
-    double s = 0, t = 0;
-#pragma omp simd reduction(+ : s, t)
-    for (int64_t k = 0; k < n; ++k) {
-        double g = double(dz[k]) * double(w[k]);
-        s += g;
-        t += g * double(xhat[k]);
-    }
-    a += s, b += t;
+// The same with parameters along the columns; dz and dz * xhat are added to those of every column.
+template <class T, class V, class N>
+INLINE void dot_sums(const T* x, const T* dz, N n, const Standard<V>& m, Each<T> w, double* sums, T* pb, T* pw) {
+    reduce<T, 2>(n, sums, [=](auto* t, int64_t k) INLINE_LAMBDA {
+        using P = std::remove_reference_t<decltype(*t)>;
+        P g = P::load(dz + k), xhat = m.template xhat<P>(x, k);
+        (P::load(pb + k) + g).store(pb + k);
+        (P::load(pw + k) + g * xhat).store(pw + k);
+        g = g * w.template at<P>(k);
+        t[0] = g, t[1] = g * xhat;
+    });
 }
 
-template <class T>
-inline void lane_dots(const T* RESTRICT dz, const T* RESTRICT xhat, int64_t n, double weight, double* RESTRICT a,
-                      double* RESTRICT b) {
-    SIMD for (int64_t k = 0; k < n; ++k) {
-        double g = double(dz[k]) * weight;
-        a[k] += g;
-        b[k] += g * double(xhat[k]);
-    }
+// g and g * xhat added to those of every column: U is T, or double.
+template <class T, class U, class V, class W, class N>
+INLINE void lane_dots(const T* x, const T* dz, N n, const Standard<V>& m, W w, U* a, U* b) {
+    sweep<T>(n, [=](auto pack, int64_t k) INLINE_LAMBDA {
+        using P = decltype(pack);
+        P g = P::load(dz + k) * w.template at<P>(k), gx = g * m.template xhat<P>(x, k);
+        add_to(a + k, g), add_to(b + k, gx);
+    });
 }
 
-template <class T>
-inline void lane_dots(const T* RESTRICT dz, const T* RESTRICT w, const T* RESTRICT xhat, int64_t n,
-                      double* RESTRICT a, double* RESTRICT b) {
-    SIMD for (int64_t k = 0; k < n; ++k) {
-        double g = double(dz[k]) * double(w[k]);
-        a[k] += g;
-        b[k] += g * double(xhat[k]);
-    }
-}
-
-// dx = (g - (mean of g + xhat * mean of g * xhat) * share) / sigma
-
-template <class T>
-inline void gradient(const T* RESTRICT g, const T* RESTRICT xhat, T* RESTRICT dx, int64_t n, T w, T c1, T c2, T r) {
-    SIMD for (int64_t k = 0; k < n; ++k) dx[k] = (g[k] * w - (c1 + xhat[k] * c2)) * r;
-}
-
-template <class T>
-inline void gradient(const T* RESTRICT g, const T* RESTRICT xhat, T* RESTRICT dx, int64_t n, const T* RESTRICT w,
-                     T c1, T c2, T r) {
-    SIMD for (int64_t k = 0; k < n; ++k) dx[k] = (g[k] * w[k] - (c1 + xhat[k] * c2)) * r;
-}
-
-template <class T>
-inline void gradient(const T* RESTRICT g, const T* RESTRICT xhat, T* RESTRICT dx, int64_t n, T w,
-                     const T* RESTRICT c1, const T* RESTRICT c2, const T* RESTRICT r) {
-    SIMD for (int64_t k = 0; k < n; ++k) dx[k] = (g[k] * w - (c1[k] + xhat[k] * c2[k])) * r[k];
-}
-
-template <class T>
-inline void gradient(const T* RESTRICT g, const T* RESTRICT xhat, T* RESTRICT dx, int64_t n, const T* RESTRICT w,
-                     const T* RESTRICT c1, const T* RESTRICT c2, const T* RESTRICT r) {
-    SIMD for (int64_t k = 0; k < n; ++k) dx[k] = (g[k] * w[k] - (c1[k] + xhat[k] * c2[k])) * r[k];
+// dx = (dz * w - (c1 + xhat * c2) * share) / sigma
+template <class T, class V, class W, class U, class N>
+INLINE void gradient(const T* x, const T* dz, T* dx, N n, const Standard<V>& m, W w, V c1, V c2, U share) {
+    sweep<T>(n, [=](auto pack, int64_t k) INLINE_LAMBDA {
+        using P = decltype(pack);
+        P g = P::load(dz + k) * w.template at<P>(k);
+        P through = c1.template at<P>(k) + m.template xhat<P>(x, k) * c2.template at<P>(k);
+        ((g - through * share.template at<P>(k)) * m.r.template at<P>(k)).store(dx + k);
+    });
 }
 
 }  // namespace ARCH

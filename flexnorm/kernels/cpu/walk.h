@@ -4,14 +4,16 @@
 #include <cstdint>
 
 #include "form.h"
+#include "tile.h"
 
 namespace ARCH {
 
-constexpr int64_t TILE = 512;    // columns at a time: sums of doubles and four rows of them fit in the first cache
+constexpr int64_t TILE = 512;    // columns at a time: sums of doubles and some rows of them fit in the first cache
+constexpr int64_t SPAN = 2048;   // columns of one row at a time
 constexpr int64_t BATCH = 64;    // rows at a time
 constexpr int64_t MANY = 4;      // rows that pay for sums per column
 constexpr int64_t SPLIT = 256;   // a run of columns so long is summed by itself, whatever the rows
-constexpr int64_t SHORT = 16;    // shorter ones are not, whatever the rows
+constexpr int64_t SHORT = 8;     // shorter ones are not, whatever the rows
 
 struct Row {
     int64_t at[STEPS];
@@ -117,34 +119,37 @@ class Walk {
     }
 
     // Whether sums are kept column by column, to be shared by many rows, and not run by run.
-    bool by_column(int64_t rows, int64_t shortest) const {
+    bool by_column(int64_t rows) const {
         if (f.sets.kind != TABLE) return f.sets.kind == EACH;
-        return f.sets.mean_run < (rows >= MANY ? SPLIT : shortest);
+        return f.sets.mean_run < (rows >= MANY ? SPLIT : SHORT);
     }
 
-    // Spans of columns begin..end that meet one set, at most TILE wide: f(begin, end, id of the set).
+    // Runs of columns begin..end that meet one set: f(begin, how many, id of the set).
     template <class F>
     void runs(int64_t block, int64_t begin, int64_t end, F&& visit) const {
-        const Column& column = f.sets;
-        if (column.kind == ONE) {
-            for (int64_t k = begin; k < end; k += TILE) visit(k, std::min(k + TILE, end), int64_t(0));
-            return;
-        }
-        const int32_t* first = column.runs;
-        const int32_t* table = column.table + block * f.columns;
-        int64_t i = column.run_ptr[block], stop = column.run_ptr[block + 1];
-        if (begin) i = std::upper_bound(first + i, first + stop, int32_t(begin)) - first - 1;
-        for (; i < stop && first[i] < end; ++i) {
-            int64_t from = std::max<int64_t>(first[i], begin);
-            int64_t to = std::min(i + 1 < stop ? int64_t(first[i + 1]) : f.columns, end);
-            for (; from < to; from += TILE) visit(from, std::min(from + TILE, to), int64_t(table[from]));
-        }
+        if (f.sets.kind == ONE) visit(begin, Any{end - begin}, int64_t(0));
+        else if (f.sets.even) table_runs<Eights>(block, begin, end, visit);
+        else table_runs<Any>(block, begin, end, visit);
     }
 
     const Form& f;
     int64_t inner, outer, elements;
 
    private:
+    template <class N, class F>
+    void table_runs(int64_t block, int64_t begin, int64_t end, F&& visit) const {
+        const Column& column = f.sets;
+        const int32_t* first = column.runs;
+        const int32_t* table = column.table + block * f.columns;
+        int64_t i = column.run_ptr[block], stop = column.run_ptr[block + 1];
+        if (begin) i = std::upper_bound(first + i, first + stop, int32_t(begin)) - first - 1;
+        while (begin < end) {
+            int64_t next = ++i < stop ? std::min<int64_t>(first[i], end) : end;
+            visit(begin, N{next - begin}, int64_t(table[begin]));
+            begin = next;
+        }
+    }
+
     void member(Row& row, int64_t place) const {
         int64_t index = f.order ? f.order[place] : place;
         if (f.n_segment == 1) return go(row, f.segment[0], index);
