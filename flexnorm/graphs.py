@@ -387,8 +387,8 @@ class GraphNorm(_OfGraphs, pyg.GraphNorm):
 
     def __init__(self, in_channels: int, eps: float = 1e-5, device: torch.device | str | None = None) -> None:
         Norm.__init__(
-            self, "v c -> batch[v] c", center=False, affine="c", c=in_channels, eps=eps, device=device
-        )  # the second half: the mean is subtracted before
+            self, "v c -> batch[v] c", affine="c", c=in_channels, eps=eps, device=device
+        )
         self.in_channels = in_channels
         self.mean_scale = nn.Parameter(torch.ones(in_channels, device=device))
 
@@ -403,10 +403,8 @@ class GraphNorm(_OfGraphs, pyg.GraphNorm):
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
         graphs = self._graphs(x, batch, batch_size)
-        wide = _wide(x)
-        centered = normalize(wide, "v c -> batch[v] c", batch=graphs, c=self.in_channels, scale=False)
-        out = torch.lerp(wide, centered, self.mean_scale.to(wide.dtype))  # exact where mean_scale is 1
-        return self._apply_norm(out, graphs).to(x.dtype)
+        own = moments(x, "v c -> batch[v] c", batch=graphs, c=self.in_channels)
+        return self._apply_norm(x, graphs, own.about(self.mean_scale.to(own.mean.dtype)))
 
 
 class InstanceNorm(_OfGraphs, pyg.InstanceNorm):
@@ -609,12 +607,12 @@ class PairNorm(_OfGraphs, pyg.PairNorm):
         graphs = self._graphs(x, batch, batch_size)
         out = normalize(_wide(x), "v c -> batch[v] c", batch=graphs, scale=False)
         channels = max(x.shape[-1], 1)  # a squared length is that many mean squares
-        eps = self.eps / channels
+        eps, length = self.eps / channels, out.new_full((x.shape[-1],), self.scale / math.sqrt(channels))
         if self.scale_individually:
-            out = normalize(out, "v c -> v", center=False, eps=eps)
+            out = normalize(out, "v c -> v", center=False, eps=eps, weight=length, affine="c")
         else:
-            out = normalize(out, "v c -> batch[v]", batch=graphs, center=False, eps=eps)
-        return (out * (self.scale / math.sqrt(channels))).to(x.dtype)
+            out = normalize(out, "v c -> batch[v]", batch=graphs, center=False, eps=eps, weight=length, affine="c")
+        return out.to(x.dtype)
 
 
 class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):

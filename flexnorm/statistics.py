@@ -143,9 +143,19 @@ class Moments:
         merged = pool(sets, parts[0], parts[1], m2=parts[2], low=parts[3])
         return merged.outward(sets)
 
+    def about(self, share: Tensor | float) -> Moments:
+        """The moments about `share` times the mean in its place: `normalize(x, ..., moments=m.about(share))` subtracts that.
+
+        >>> Moments(torch.tensor(2), torch.tensor(4.0), torch.tensor(6.0)).about(0.5)
+        Moments(count=tensor(2), mean=tensor(2.), m2=tensor(14.))
+        """
+        rest = self.mean * (1 - share)
+        low = None if self.low is None else self.low * share
+        return Moments(self.count, self.mean * share, self.m2 + self.count * rest * rest, low)
+
     def about_zero(self) -> Tensor:
         """Sum of x^2 of every set: what `center=False` divides by."""
-        return self.m2 + self.count * self.mean * self.mean
+        return self.about(0).m2
 
     def outward(self, sets: Sets) -> Moments:
         """From the internal shape of these sets to the one that their expression writes."""

@@ -70,9 +70,10 @@ def backward_sums(recipe: Recipe, operands: Operands, moments: Moments, dy: Tens
 
 
 def backward_dx(
-    recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor, sums: Sums | None
+    recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor | None, sums: Sums | None
 ) -> tuple[Tensor, Tensor | None]:
     sets, mask = recipe.sets, operands.mask
+    dy = torch.zeros_like(operands.x) if dy is None else dy
     xhat, _, g = _backward_values(recipe, operands, moments, dy)
     factor = inverse_sigma(recipe, moments)
     dmask = None
@@ -101,6 +102,15 @@ def backward_moments(recipe: Recipe, moments: Moments, sums: Sums) -> tuple[Tens
     dvar = -0.5 * factor * factor * sums.grad_xhat if recipe.scale else torch.zeros_like(sums.grad)
     dcount = -dvar * moments.var / n if moments.count.is_floating_point() else None
     return dcount, dmean, dvar / n
+
+
+def backward_statistics(recipe: Recipe, moments: Moments, dmean: Tensor, dm2: Tensor) -> Sums:
+    """The sums of which `backward_dx` makes the gradient of x, where mean and m2 of x have these.
+
+    d mean / dx = 1 / n and d m2 / dx = 2 (x - mean), of which `backward_dx` takes -1 / sigma times the sums.
+    """
+    sigma = torch.where(moments.count > 0, moments.var + recipe.eps, 0.0).sqrt()
+    return Sums(-dmean * sigma, -2 * divisor(moments.count) * dm2 * sigma * sigma, None, None)
 
 
 def inverse_sigma(recipe: Recipe, moments: Moments) -> Tensor:

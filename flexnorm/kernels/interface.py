@@ -107,9 +107,10 @@ class Room(Protocol):
         """The sums that dx and the gradients of the parameters are made of."""
 
     def backward_dx(
-        self, recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor, sums: Sums | None
+        self, recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor | None, sums: Sums | None
     ) -> tuple[Tensor, Tensor | None]:
-        """dx, and the gradient of a float mask. `sums` None: the moments came from elsewhere and do not depend on x."""
+        """dx, and the gradient of a float mask. `sums` None: the moments came from elsewhere and do not depend on x.
+        dy None: zeros, so that dx is what flows through the moments."""
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:

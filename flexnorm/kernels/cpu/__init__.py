@@ -174,9 +174,6 @@ class Program:
 
     # --- tensors as the kernels take them
 
-    def input(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x).copy_(x) if self.copied else x
-
     def gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """dy, with the strides of y."""
         if dy.stride() == self.y_stride and dy.dtype == x.dtype:
@@ -193,7 +190,9 @@ class Program:
         x, mask, weight, bias = operands
         if mask is not None:
             mask = self.wide(mask) if self.weighted else mask.contiguous()
-        return Operands(self.input(x), mask, self.wide(weight), self.wide(bias))
+        if self.copied:
+            x = torch.empty_like(x).copy_(x)
+        return Operands(x, mask, self.wide(weight), self.wide(bias))
 
     def new_moments(self) -> Kept:
         """Memory for mean, low and M2 of every set, side by side; and for the count, if sets differ in it."""
@@ -314,7 +313,8 @@ def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor, *, of_m
     dx = torch.empty_like(operands.x)
     dmask, dweight, dbias = _gradients(p, operands, mask=of_mask)
     p.call(BACKWARD, p.operands(operands), dx, p.places(kept), p.gradient(dy, operands.x), dmask, dweight, dbias)
-    return Gradients(dx, *(_as(t, like) for t, like in zip((dmask, dweight, dbias), operands[1:], strict=True)))
+    _, mask, weight, bias = operands
+    return Gradients(dx, _as(dmask, mask), _as(dweight, weight), _as(dbias, bias))
 
 
 def backward_sums(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Sums:
@@ -328,14 +328,14 @@ def backward_sums(recipe: Recipe, operands: Operands, moments: Moments, dy: Tens
 
 
 def backward_dx(
-    recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor, sums: Sums | None
+    recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor | None, sums: Sums | None
 ) -> tuple[Tensor, Tensor | None]:
     p = _program(recipe, operands.x)
     dx = torch.empty_like(operands.x)
     kept = p.keep(moments)
     dmask = None if sums is None else _gradients(p, operands, mask=True)[0]
     both = () if sums is None else [t.to(p.dtype).expand(p.shape).contiguous() for t in sums[:2]]
-    dy = p.gradient(dy, operands.x)
+    dy = None if dy is None else p.gradient(dy, operands.x)
     p.call(BACKWARD_DX, p.operands(operands), dx, p.places(kept), dy, dmask, None, None, both)
     return dx, _as(dmask, operands.mask)
 

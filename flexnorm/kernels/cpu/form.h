@@ -48,7 +48,7 @@ struct Form {
 struct Call {
     int64_t what, threads;
     const void* x;
-    const void* dy;
+    const void* dy;     // null: zeros
     void* y;            // or dx
     const void* mask;   // uint8, or T
     const void* weight; // T

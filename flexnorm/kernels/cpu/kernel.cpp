@@ -21,6 +21,7 @@ namespace ARCH {
 constexpr int64_t LARGE = 1 << 18;   // elements of a range that is cut: 1 MiB of float32, the second cache of a core
 constexpr int64_t CHUNK = 1 << 16;   // elements of a chunk
 constexpr int64_t GRAIN = 1 << 15;   // elements that pay for waking a thread (5 us)
+constexpr int64_t STREAM = 1 << 24;  // bytes of a result that is written past the caches
 constexpr double FAR = 17;           // times that M2 may have been added, before the shift was too far away: 4 sigma
 constexpr int64_t MOST_ROWS = 64;    // whose parameter gradients are added in float32
 constexpr int64_t SLOTS = 32;        // places that parameter gradients are summed in, each by one thread
@@ -186,7 +187,8 @@ class Kernel {
         : f(form), c(call), walk(form), x(static_cast<const S*>(call.x)), dy(static_cast<const S*>(call.dy)),
           y(static_cast<S*>(call.y)), weight(static_cast<const T*>(call.weight)),
           bias(static_cast<const T*>(call.bias)), bytes(static_cast<const uint8_t*>(call.mask)),
-          weights(static_cast<const T*>(call.mask)) {
+          weights(static_cast<const T*>(call.mask)), streams(form.numel * int64_t(sizeof(S)) > STREAM && (form.columns >= TILE || form.columns % 16 == 0)),
+          leaves_dz(Same::value && form.activation && call.what == BACKWARD), broken(form.sets.kind == TABLE && !form.sets.even) {
         one_param = f.param_label == nullptr;
         auto check = [&](const Dim* dims, int64_t n) {
             for (int64_t d = 0; d < n; ++d) one_param = one_param && !dims[d].step[PARAM] && !dims[d].step[PARAM_BLOCK];
@@ -210,6 +212,7 @@ class Kernel {
             parallel(threads, parts, [&](int64_t part) {
                 for (int64_t t = i + part * n / parts, end = i + (part + 1) * n / parts; t < end; ++t)
                     small(tasks[t].begin, tasks[t].end, part);
+                Past<T>::done();
             });
             i = stop;
         }
@@ -340,6 +343,7 @@ class Kernel {
     }
 
     void large(const Range& range, int64_t threads) {
+        bool leaves = std::exchange(leaves_dz, false);
         std::vector<Part> parts;
         // Sums per column want many rows, sums of runs long ones.
         bool tall = walk.by_column(range.rows);
@@ -384,6 +388,7 @@ class Kernel {
         if (c.what == FORWARD || c.what == APPLY)
             parallel(threads, n, [&](int64_t p) {  // backwards: the last parts may still be in a cache
                 apply(Own::here(), all, range, parts[n - 1 - p]);
+                Past<T>::done();
             });
         if (c.what < BACKWARD) return;
         // Where every element has a parameter of its own, no two parts meet in one.
@@ -416,8 +421,12 @@ class Kernel {
         } else
             sets([&](int64_t begin, int64_t end) { read_dots(all, &range, 1, begin, end); });
         if (c.what != BACKWARD_SUMS)
-            by_slot([&](int64_t p, int64_t slot) { gradients(Own::here(), all, range, parts[n - 1 - p], slot); });
+            by_slot([&](int64_t p, int64_t slot) {
+                gradients(Own::here(), all, range, parts[n - 1 - p], slot);
+                Past<T>::done();
+            });
         lane_sums_of_params = lanes_before;
+        leaves_dz = leaves;
     }
 
     // A part of a range, either in tiles of columns for many rows (tile(rows, how many, block, k, n)), or row by row in spans
@@ -575,12 +584,6 @@ class Kernel {
         load(p, buffer, n);
         return buffer;
     }
-    T* target(S* p, T* buffer) const { return target(p, buffer, Same()); }
-    static T* target(S* p, T*, std::true_type) { return p; }
-    static T* target(S*, T* buffer, std::false_type) { return buffer; }
-    static void put(const T*, S*, int64_t, std::true_type) {}
-    static void put(const T* buffer, S* p, int64_t n, std::false_type) { store(buffer, p, n); }
-
     void fetch_rows(const Range& range) const {
         if (range.rows * f.columns > LARGE / 8) return;
         walk.rows(range, 0, range.rows, [&](const Row* rows, int64_t n) {
@@ -838,14 +841,14 @@ class Kernel {
                     m.r = own.a, m.c = own.d;
                 }
                 for (int64_t i = 0; i < n_rows; ++i)
-                    y_of(own, rows[i], k, n, [&](const T* v, T* t) {
+                    y_of(own, rows[i], k, n, [&](const T* v, auto t) {
                         if (one_param) return normalize(v, t, Any{n}, m.standard());
                         Params p = params(own, rows[i], k, n);
                         with(p, 0, [&](auto w, auto b) { normalize(v, t, Any{n}, m.standard(), w, b); });
                     });
             },
             [&](const Row& row, int64_t block, int64_t k, int64_t n) {
-                y_of(own, row, k, n, [&](const T* v, T* t) {
+                y_of(own, row, k, n, [&](const T* v, auto t) {
                     Params p = params(own, row, k, n);
                     walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                         Standard<One<T>> m = standard(from, id);
@@ -860,16 +863,31 @@ class Kernel {
 
     template <class F>
     void y_of(Own& own, const Row& row, int64_t k, int64_t n, F&& formula) {
-        S* out = y + row.at[Y] + k;
-        T* t = target(out, own.out);
         Share share = membership(own, row, k, n);
-        if (share.outside) fill(t, n, T(0));
-        else {
-            formula(values(x + row.at[X] + k, own.x[0], n), t);
-            if (f.activation) activate(f.activation, t, n);
-            if (share.bytes) keep(t, share.bytes, n);
+        bool done = !f.activation && !share.bytes && !broken;  // with the formula
+        write(own, y + row.at[Y] + k, n, share.outside, done, [&](auto to) {
+            formula(values(x + row.at[X] + k, own.x[0], n), to);
+            if (f.activation) activate(f.activation, to.p, n);
+            if (share.bytes) keep(to.p, share.bytes, n);
+        });
+    }
+
+    // Some columns of a row of results: make(Place or Past) makes them, where they belong or in a buffer on their way there:
+    // if they have another dtype, and if they go past the caches, and are not `done` with one formula.
+    template <class F>
+    void write(Own& own, S* out, int64_t n, bool nothing, bool done, F&& make) {
+        if constexpr (Same::value) {
+            if (!streams || leaves_dz) {
+                if (nothing) clear<T>(Place<T>{out}, n);
+                else make(Place<T>{out});
+            } else if (nothing) clear<T>(Past<T>{out}, n);
+            else if (done) make(Past<T>{out});
+            else make(Place<T>{own.out}), copy<T>(own.out, Past<T>{out}, n);
+        } else {
+            if (nothing) clear<T>(Place<T>{own.out}, n);
+            else make(Place<T>{own.out});
+            store(own.out, out, n);
         }
-        put(t, out, n, Same());
     }
 
     // --- backward
@@ -878,37 +896,53 @@ class Kernel {
         const T *x, *dz;
     };
 
-    // x and dz of some columns of a row: dy through the activation. Both are 0 outside of the mask, and the tensors
-    // themselves where they can be. xhat_and(f) calls f with the moments and parameters of every run.
-    template <class Z>
-    Pair pair(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, Z&& z) {
-        Pair p{values(x + row.at[X] + k, own.x[0], n), values(dy + row.at[Y] + k, own.dy, n)};
+    // x and dz of some columns of a row: dy through the activation. Outside of the mask they are the mean and 0. They are the
+    // tensors themselves where they can be. An activation is worked out for the sums, and left where dx will be.
+    template <class H, class Z>
+    Pair made(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, bool of_sums, H&& inside, Z&& z) {
+        Pair p{values(x + row.at[X] + k, own.x[0], n), nullptr};
+        bool left = !of_sums && leaves_dz;
+        p.dz = left ? left_at(row, k) : dy ? values(dy + row.at[Y] + k, own.dy, n) : own.zeros;
         if (share.bytes) {
-            keep(p.x, own.x[1], share.bytes, n), keep(p.dz, own.dz, share.bytes, n);
+            inside(p.x, own.x[1]), keep(p.dz, own.dz, share.bytes, n, One<T>{0});
             p = {own.x[1], own.dz};
         }
-        if (f.activation) {
-            if (p.dz != own.dz) std::memcpy(own.dz, p.dz, sizeof(T) * size_t(n));
+        if (f.activation && !left) {
+            T* dz = leaves_dz ? left_at(row, k) : own.dz;
+            if (p.dz != dz) std::memcpy(dz, p.dz, sizeof(T) * size_t(n));
             z(p.x, own.out);
-            activate_backward(f.activation, own.out, own.dz, n);
-            p.dz = own.dz;
+            activate_backward(f.activation, own.out, dz, n);
+            p.dz = dz;
         }
         return p;
     }
 
-    Pair pair(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, const Params& p, const Lanes& m) {
-        return pair(own, row, k, n, share, [&](const T* v, T* z) {
-            with(p, 0, [&](auto w, auto b) { normalize(v, z, Any{n}, m.standard(), w, b); });
+    T* left_at(const Row& row, int64_t k) const {
+        if constexpr (Same::value) return y + row.at[Y] + k;
+        else return nullptr;
+    }
+
+    Pair pair(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, bool of_sums, const Params& p,
+              const Lanes& m) {
+        auto inside = [&](const T* v, T* to) { keep(v, to, share.bytes, n, Each<T>{m.high}); };
+        return made(own, row, k, n, share, of_sums, inside, [&](const T* v, T* z) {
+            with(p, 0, [&](auto w, auto b) { normalize(v, Place<T>{z}, Any{n}, m.standard(), w, b); });
         });
     }
 
-    Pair pair(Own& own, const Row& row, int64_t block, int64_t k, int64_t n, const Share& share, const Params& p,
-              const Sets<T>& from) {
-        return pair(own, row, k, n, share, [&](const T* v, T* z) {
+    Pair pair(Own& own, const Row& row, int64_t block, int64_t k, int64_t n, const Share& share, bool of_sums,
+              const Params& p, const Sets<T>& from) {
+        auto inside = [&](const T* v, T* to) {
+            walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
+                int64_t at = begin - k;
+                keep(v + at, to + at, share.bytes + at, many.n, One<T>{from.high[id]});
+            });
+        };
+        return made(own, row, k, n, share, of_sums, inside, [&](const T* v, T* z) {
             walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                 int64_t at = begin - k;
                 Standard<One<T>> m = standard(from, id);
-                with(p, at, [&](auto w, auto b) { normalize(v + at, z + at, many, m, w, b); });
+                with(p, at, [&](auto w, auto b) { normalize(v + at, Place<T>{z + at}, many, m, w, b); });
             });
         });
     }
@@ -929,7 +963,7 @@ class Kernel {
                     Share share = membership(own, rows[i], k, n);
                     if (share.outside) continue;
                     if (i == 0 || !one_param || !p.known) p = params(own, rows[i], k, n);
-                    Pair v = pair(own, rows[i], k, n, share, p, m);
+                    Pair v = pair(own, rows[i], k, n, share, true, p, m);
                     if (one_param) lane_dots(v.x, v.dz, Any{n}, m.standard(), One<T>{1}, a, b);
                     else with(p.w, p.ws, [&](auto w) { lane_dots(v.x, v.dz, Any{n}, m.standard(), w, a, b); });
                     if (of && !one_param) of_params(own, of, rows[i], k, n, v, m.standard());
@@ -950,7 +984,7 @@ class Kernel {
                 Share share = membership(own, row, k, n);
                 if (share.outside) return;
                 Params p = params(own, row, k, n);
-                Pair v = pair(own, row, block, k, n, share, p, from);
+                Pair v = pair(own, row, block, k, n, share, true, p, from);
                 if (of.rows && ++*of.rows == MOST_ROWS) settle_slot(of);
                 walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                     int64_t at = begin - k;
@@ -1011,9 +1045,9 @@ class Kernel {
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
                 Lanes m = lanes(own, from, block, k, n, 6);
                 for (int64_t i = 0; i < n_rows; ++i)
-                    dx_of(own, rows[i], k, n, [&](const Share& share, T* t) {
+                    dx_of(own, rows[i], k, n, [&](const Share& share, auto t) {
                         Params p = params(own, rows[i], k, n);
-                        Pair v = pair(own, rows[i], k, n, share, p, m);
+                        Pair v = pair(own, rows[i], k, n, share, false, p, m);
                         Each<T> c1{m.c1}, c2{m.c2};
                         if (pm) mask_dots(pm, rows[i], k, n, v.x, m.standard(), c1, c2, Each<T>{m.v});
                         with(share.weights, share.one, [&](auto part) {
@@ -1022,9 +1056,9 @@ class Kernel {
                     });
             },
             [&](const Row& row, int64_t block, int64_t k, int64_t n) {
-                dx_of(own, row, k, n, [&](const Share& share, T* t) {
+                dx_of(own, row, k, n, [&](const Share& share, auto t) {
                     Params p = params(own, row, k, n);
-                    Pair v = pair(own, row, block, k, n, share, p, from);
+                    Pair v = pair(own, row, block, k, n, share, false, p, from);
                     walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                         int64_t at = begin - k;
                         Standard<One<T>> m = standard(from, id);
@@ -1063,15 +1097,11 @@ class Kernel {
 
     template <class F>
     void dx_of(Own& own, const Row& row, int64_t k, int64_t n, F&& formula) {
-        S* out = y + row.at[Y] + k;
-        T* t = target(out, own.out);
         Share share = this->share(own, row, k, n);
-        if (share.outside) fill(t, n, T(0));
-        else {
-            formula(share, t);
-            if (share.bytes) keep(t, share.bytes, n);
-        }
-        put(t, out, n, Same());
+        write(own, y + row.at[Y] + k, n, share.outside, !share.bytes && !broken, [&](auto to) {
+            formula(share, to);
+            if (share.bytes) keep(to.p, share.bytes, n);
+        });
     }
 
     // --- gradients of parameters and weights: each slot is written by one thread, then all are added in order
@@ -1147,6 +1177,9 @@ class Kernel {
     Array<int64_t> lane_rows;
     int64_t n_slots = 1;
     bool lane_sums_of_params = false;
+    const bool streams;  // the result is so large that no cache would keep it, and its rows are mostly whole lines
+    bool leaves_dz;      // in memory that a cache holds
+    const bool broken;   // runs begin anywhere in a line
     bool one_param;     // all rows of a range have the same parameters
 };
 

@@ -8,7 +8,7 @@
 
 #include "form.h"
 
-#if defined(__AVX2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -232,6 +232,51 @@ struct Each {
     INLINE P at(int64_t k) const { return P::load(p + k); }
 };
 
+// Where results go: to their place, or past the caches to it, which saves reading what is overwritten. Then lines have to be
+// written whole: `head` columns come before the first whole one.
+template <class T>
+struct Place {
+    T* p;
+    Place operator+(int64_t k) const { return {p + k}; }
+    int64_t head(int64_t) const { return 0; }
+    template <class P>
+    INLINE void put(const P& a, int64_t k) const { a.store(p + k); }
+};
+template <class T>
+struct Past {
+    T* p;
+    Past operator+(int64_t k) const { return {p + k}; }
+    int64_t head(int64_t n) const { return n < 64 ? 0 : int64_t((-reinterpret_cast<uintptr_t>(p) & 63) / sizeof(T)); }
+    template <class P>
+    INLINE void put(const P& a, int64_t k) const {
+        using V = typename P::V;
+        for (int i = 0; i < P::COUNT; ++i) {
+            T* to = p + k + i * P::M;
+            if (reinterpret_cast<uintptr_t>(to) % sizeof(V) == 0 && past(to, a.v[i])) continue;
+            *reinterpret_cast<V*>(to) = a.v[i];
+        }
+    }
+    template <class V>
+    static INLINE bool past(T* to, V v) {
+#if defined(__AVX512F__)
+        if constexpr (sizeof(V) == 64) return _mm512_stream_ps(reinterpret_cast<float*>(to), __m512(v)), true;
+#endif
+#if defined(__AVX2__)
+        if constexpr (sizeof(V) == 32) return _mm256_stream_ps(reinterpret_cast<float*>(to), __m256(v)), true;
+#endif
+#if defined(__x86_64__)
+        if constexpr (sizeof(V) == 16) return _mm_stream_ps(reinterpret_cast<float*>(to), __m128(v)), true;
+#endif
+        return false;
+    }
+    // Before another thread reads it.
+    static void done() {
+#if defined(__x86_64__)
+        _mm_sfence();
+#endif
+    }
+};
+
 // A number of columns; one of which eight divides leaves short runs without a rest.
 struct Any {
     int64_t n;
@@ -242,16 +287,17 @@ struct Eights {
 
 // f(a pack of the wanted size, k) for all columns.
 template <class T, class F>
-INLINE void sweep(Any columns, F&& f) {
+INLINE void sweep(Any columns, F&& f, int64_t head = 0) {
     constexpr int W = WIDTH<T>;
     int64_t k = 0, n = columns.n;
+    for (; k < head; ++k) f(Pack<T, 1>{}, k);
     for (; k + W <= n; k += W) f(Pack<T, W>{}, k);
     if (k + W / 2 <= n) f(Pack<T, W / 2>{}, k), k += W / 2;
     if (k + W / 4 <= n) f(Pack<T, W / 4>{}, k), k += W / 4;
     for (; k < n; ++k) f(Pack<T, 1>{}, k);
 }
 template <class T, class F>
-INLINE void sweep(Eights columns, F&& f) {
+INLINE void sweep(Eights columns, F&& f, int64_t = 0) {
     for (int64_t k = 0; k < columns.n; k += 8) f(Pack<T, 8>{}, k);
 }
 
@@ -436,18 +482,32 @@ template <class V>
 Standard(V, V, V) -> Standard<V>;
 
 // (x - mean) / sigma * weight + bias
-template <class T, class V, class W, class N>
-INLINE void normalize(const T* x, T* y, N n, const Standard<V>& m, W w, W b) {
-    sweep<T>(n, [=](auto pack, int64_t k) INLINE_LAMBDA {
+template <class T, class O, class V, class W, class N>
+INLINE void normalize(const T* x, O y, N n, const Standard<V>& m, W w, W b) {
+    auto each = [=](auto pack, int64_t k) INLINE_LAMBDA {
         using P = decltype(pack);
-        (m.template xhat<P>(x, k) * w.template at<P>(k) + b.template at<P>(k)).store(y + k);
-    });
+        y.put(m.template xhat<P>(x, k) * w.template at<P>(k) + b.template at<P>(k), k);
+    };
+    sweep<T>(n, each, y.head(n.n));
 }
 
 // The same, with r and c already times the weight, and the bias in c.
-template <class T, class V, class N>
-INLINE void normalize(const T* x, T* y, N n, const Standard<V>& m) {
-    sweep<T>(n, [=](auto pack, int64_t k) INLINE_LAMBDA { m.template xhat<decltype(pack)>(x, k).store(y + k); });
+template <class T, class O, class V, class N>
+INLINE void normalize(const T* x, O y, N n, const Standard<V>& m) {
+    auto each = [=](auto pack, int64_t k) INLINE_LAMBDA { y.put(m.template xhat<decltype(pack)>(x, k), k); };
+    sweep<T>(n, each, y.head(n.n));
+}
+
+template <class T, class O>
+INLINE void copy(const T* x, O y, int64_t n) {
+    auto each = [=](auto pack, int64_t k) INLINE_LAMBDA { y.put(decltype(pack)::load(x + k), k); };
+    sweep<T>(Any{n}, each, y.head(n));
+}
+
+template <class T, class O>
+INLINE void clear(O y, int64_t n) {
+    auto each = [=](auto pack, int64_t k) INLINE_LAMBDA { y.put(decltype(pack)::all(T(0)), k); };
+    sweep<T>(Any{n}, each, y.head(n));
 }
 
 // r * w and c * w + b: what is left of the moments and the parameters of a column
@@ -474,9 +534,9 @@ inline void keep(T* RESTRICT y, const uint8_t* RESTRICT m, int64_t n) {
     SIMD for (int64_t k = 0; k < n; ++k) y[k] = m[k] ? y[k] : T(0);
 }
 
-template <class T>
-inline void keep(const T* RESTRICT x, T* RESTRICT y, const uint8_t* RESTRICT m, int64_t n) {
-    SIMD for (int64_t k = 0; k < n; ++k) y[k] = m[k] ? x[k] : T(0);
+template <class T, class V>
+inline void keep(const T* RESTRICT x, T* RESTRICT y, const uint8_t* RESTRICT m, int64_t n, V other) {
+    SIMD for (int64_t k = 0; k < n; ++k) y[k] = m[k] ? x[k] : other.template at<Pack<T, 1>>(k).v[0];
 }
 
 // Whether all of a mask is outside (0), inside (1), or neither (2).
@@ -613,14 +673,15 @@ INLINE void lane_dots(const T* x, const T* dz, N n, const Standard<V>& m, W w, U
 }
 
 // dx = (dz * w - (c1 + xhat * c2) * share) / sigma
-template <class T, class V, class W, class U, class N>
-INLINE void gradient(const T* x, const T* dz, T* dx, N n, const Standard<V>& m, W w, V c1, V c2, U share) {
-    sweep<T>(n, [=](auto pack, int64_t k) INLINE_LAMBDA {
+template <class T, class O, class V, class W, class U, class N>
+INLINE void gradient(const T* x, const T* dz, O dx, N n, const Standard<V>& m, W w, V c1, V c2, U share) {
+    auto each = [=](auto pack, int64_t k) INLINE_LAMBDA {
         using P = decltype(pack);
         P g = P::load(dz + k) * w.template at<P>(k);
         P through = c1.template at<P>(k) + m.template xhat<P>(x, k) * c2.template at<P>(k);
-        ((g - through * share.template at<P>(k)) * m.r.template at<P>(k)).store(dx + k);
-    });
+        dx.put((g - through * share.template at<P>(k)) * m.r.template at<P>(k), k);
+    };
+    sweep<T>(n, each, dx.head(n.n));
 }
 
 }  // namespace ARCH

@@ -128,8 +128,9 @@ def backward_sums(recipe: Recipe, operands: Operands, moments: Moments, dy: Tens
 
 
 def backward_dx(
-    recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor, sums: Sums | None
+    recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor | None, sums: Sums | None
 ) -> tuple[Tensor, Tensor | None]:
+    dy = torch.zeros_like(operands.x) if dy is None else dy
     """dx, and the gradient of a float mask."""
     call = _Call(recipe, operands)
     dy = call.as_y(dy)
