@@ -214,11 +214,7 @@ class _Cutter:
         consumed, groups = self.consumed(rows, columns)
         pooled = [axis for axis in rows if axis not in consumed and not self.sets.steps[axis]]
         share = self.size(pooled) * max(1, self.size(consumed) // max(1, groups))  # rows of a range
-        run = 1
-        for axis in reversed(columns):
-            if self.sets.steps[axis] or any(axis in label.axes for label in self.sets.labels):
-                break
-            run *= self.sizes[axis]
+        run = self.run(self.sets, columns)
         if run < min(LONG, width) and share < MANY:
             work += SHORT_RUN
         for operand in self.operands:
@@ -228,8 +224,19 @@ class _Cutter:
                 blocks = self.blocks(operand, rows, columns)
                 labelled = any(set(label.axes) & set(columns) for label in operand.labels)
                 work += (LABEL if labelled else ENTRY) * self.size(blocks) * width / total + len(blocks)
-                work += RUN / run if operand is self.sets and run >= LONG else ENTRY * max(0.1, 1 / max(1, share))
+                own = self.run(operand, columns)
+                in_runs = own >= LONG and operand is not self.mask
+                work += RUN / own if in_runs else ENTRY * max(0.1, 1 / max(1, share))
         return work
+
+    def run(self, operand: _Operand, columns: Sequence[int]) -> int:
+        """Columns that follow one another and for which the operand is one."""
+        run = 1
+        for axis in reversed(columns):
+            if operand.steps[axis] or any(axis in label.axes for label in operand.labels):
+                break
+            run *= self.sizes[axis]
+        return run
 
     def form(self, place: int) -> Form:
         rows, columns = self.order[:place], self.order[place:]

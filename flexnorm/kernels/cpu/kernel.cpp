@@ -633,9 +633,17 @@ class Kernel {
             p.w = weight ? weight + at + k : own.ones;
             p.b = bias ? bias + at + k : own.zeros;
         } else {
-            const int32_t* table = f.params.table + row.at[PARAM_BLOCK] * f.columns + k;
-            if (weight) gather(weight + at, table, own.w, n);
-            if (bias) gather(bias + at, table, own.b, n);
+            int64_t block = row.at[PARAM_BLOCK];
+            if (f.params.mean_run >= LONG)
+                walk.table_runs<Any>(f.params, block, k, k + n, [&](int64_t begin, Any many, int64_t id) {
+                    if (weight) fill(own.w + (begin - k), many.n, weight[at + id]);
+                    if (bias) fill(own.b + (begin - k), many.n, bias[at + id]);
+                });
+            else {
+                const int32_t* table = f.params.table + block * f.columns + k;
+                if (weight) gather(weight + at, table, own.w, n);
+                if (bias) gather(bias + at, table, own.b, n);
+            }
             p.w = weight ? own.w : own.ones;
             p.b = bias ? own.b : own.zeros;
         }
@@ -773,6 +781,8 @@ class Kernel {
             if (!begun) SIMD for (int64_t j = 0; j < n; ++j) to.shift[j] = double(v[j]);
             begun = true;
             if (f.mask_kind == EVERYTHING && i + 8 <= n_rows) {
+                int64_t step = 16 * (rows[i + 1].at[X] - rows[i].at[X]);  // if the rows to come lie like these
+                for (int j = 0; j < 8; ++j) fetch<0>(x + rows[i + j].at[X] + step + k, n);
                 const T* next[8] = {v};
                 for (int j = 1; j < 8; ++j) next[j] = values(x + rows[i + j].at[X] + k, own.x[j], n);
                 lane_sums(next, n, to.shift, to.s, to.q);
@@ -1015,12 +1025,18 @@ class Kernel {
             of.b[at] += sums[0], of.w[at] += sums[1];
         } else if (f.params.kind == EACH)
             lane_dots(v.x, v.dz, Any{n}, m, One<T>{1}, of.b + at + k, of.w + at + k);
+        else if (f.params.mean_run >= LONG)
+            walk.table_runs<Any>(f.params, row.at[PARAM_BLOCK], k, k + n, [&](int64_t begin, Any many, int64_t id) {
+                double sums[2] = {};
+                dot_sums(v.x + (begin - k), v.dz + (begin - k), many, m.from(begin - k), One<T>{1}, sums);
+                of.b[at + id] += sums[0], of.w[at + id] += sums[1];
+            });
         else
             for (int64_t begin = 0; begin < n; begin += TILE) {
                 int64_t many = std::min(TILE, n - begin);
                 T *g = own.scaled[0], *gx = own.scaled[1];
                 fill(g, many, T(0)), fill(gx, many, T(0));
-                lane_dots(v.x + begin, v.dz + begin, Any{many}, m, One<T>{1}, g, gx);
+                lane_dots(v.x + begin, v.dz + begin, Any{many}, m.from(begin), One<T>{1}, g, gx);
                 add_to_params(of, row, k + begin, many, g, gx);
             }
     }

@@ -224,12 +224,14 @@ struct One {
     T value;
     template <class P>
     INLINE P at(int64_t) const { return P::all(value); }
+    One from(int64_t) const { return *this; }
 };
 template <class T>
 struct Each {
     const T* p;
     template <class P>
     INLINE P at(int64_t k) const { return P::load(p + k); }
+    Each from(int64_t k) const { return {p + k}; }
 };
 
 // Where results go: to their place, or past the caches to it, which saves reading what is overwritten. Then lines have to be
@@ -473,6 +475,7 @@ inline void lane_sums(const T* RESTRICT x, const M* RESTRICT m, int64_t n, bool 
 template <class V>
 struct Standard {
     V high, r, c;
+    Standard from(int64_t k) const { return {high.from(k), r.from(k), c.from(k)}; }
     template <class P>
     INLINE P xhat(const typename P::Value* x, int64_t k) const {
         return (P::load(x + k) - high.template at<P>(k)) * r.template at<P>(k) + c.template at<P>(k);

@@ -13,6 +13,7 @@ constexpr int64_t SPAN = 2048;   // columns of one row at a time
 constexpr int64_t BATCH = 64;    // rows at a time
 constexpr int64_t MANY = 4;      // rows that pay for sums per column
 constexpr int64_t SPLIT = 256;   // a run of columns so long is summed by itself, whatever the rows
+constexpr int64_t LONG = 16;     // columns of a run that pay for looking for its end
 constexpr int64_t SHORT = 8;     // shorter ones are not, whatever the rows
 
 struct Row {
@@ -128,17 +129,13 @@ class Walk {
     template <class F>
     void runs(int64_t block, int64_t begin, int64_t end, F&& visit) const {
         if (f.sets.kind == ONE) visit(begin, Any{end - begin}, int64_t(0));
-        else if (f.sets.even) table_runs<Eights>(block, begin, end, visit);
-        else table_runs<Any>(block, begin, end, visit);
+        else if (f.sets.even) table_runs<Eights>(f.sets, block, begin, end, visit);
+        else table_runs<Any>(f.sets, block, begin, end, visit);
     }
 
-    const Form& f;
-    int64_t inner, outer, elements;
-
-   private:
+    // The same of an operand that has a table: the last is what it says.
     template <class N, class F>
-    void table_runs(int64_t block, int64_t begin, int64_t end, F&& visit) const {
-        const Column& column = f.sets;
+    void table_runs(const Column& column, int64_t block, int64_t begin, int64_t end, F&& visit) const {
         const int32_t* first = column.runs;
         const int32_t* table = column.table + block * f.columns;
         int64_t i = column.run_ptr[block], stop = column.run_ptr[block + 1];
@@ -150,6 +147,10 @@ class Walk {
         }
     }
 
+    const Form& f;
+    int64_t inner, outer, elements;
+
+   private:
     void member(Row& row, int64_t place) const {
         int64_t index = f.order ? f.order[place] : place;
         if (f.n_segment == 1) return go(row, f.segment[0], index);
