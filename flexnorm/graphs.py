@@ -386,9 +386,7 @@ class GraphNorm(_OfGraphs, pyg.GraphNorm):
     """
 
     def __init__(self, in_channels: int, eps: float = 1e-5, device: torch.device | str | None = None) -> None:
-        Norm.__init__(
-            self, "v c -> batch[v] c", affine="c", c=in_channels, eps=eps, device=device
-        )
+        Norm.__init__(self, "v c -> batch[v] c", affine="c", c=in_channels, eps=eps, device=device)
         self.in_channels = in_channels
         self.mean_scale = nn.Parameter(torch.ones(in_channels, device=device))
 

@@ -144,7 +144,9 @@ class Moments:
         return merged.outward(sets)
 
     def about(self, share: Tensor | float) -> Moments:
-        """The moments about `share` times the mean in its place: `normalize(x, ..., moments=m.about(share))` subtracts that.
+        """The moments about `share` times the mean, in place of the mean.
+
+        `normalize(x, ..., moments=m.about(share))` subtracts no more than that share.
 
         >>> Moments(torch.tensor(2), torch.tensor(4.0), torch.tensor(6.0)).about(0.5)
         Moments(count=tensor(2), mean=tensor(2.), m2=tensor(14.))

@@ -145,9 +145,10 @@ def assert_within(name, ours, pair):
 def assert_moments(m, wide: Expected, dtype, size):
     """Counts exactly, the mean to twice the precision of what its sum is known to. size: elements of the largest set.
 
-    What is summed are deviations d from an element of the set, rounded once, in a tree of at most 128 terms of the dtype
-    of statistics (at most 12 additions one after another), the rest in double: at most 2 FEW roundings of eps / 2 of
-    every d, which is at most twice the spread. If M2 were less than a 17th of the sum of d * d, it would be summed anew.
+    What is summed are deviations d from an element of the set, rounded once, in a tree of at most 128 terms of the
+    dtype of statistics (at most 12 additions one after another), the rest in double: at most 2 FEW roundings of eps / 2
+    of every d, which is at most twice the spread. If M2 were less than a 17th of the sum of d * d, it would be summed
+    anew.
     """
     eps, tiny = torch.finfo(stat_dtype(dtype)).eps, torch.finfo(torch.float64).eps
     ref, spread = wide.moments, wide.spread

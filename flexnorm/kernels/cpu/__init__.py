@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,9 @@ class _Dim(ctypes.Structure):
 
 
 class _Column(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("kind", "table", "count", "offsets", "runs", "run_ptr", "mean_run", "even")]
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("kind", "table", "count", "offsets", "runs", "run_ptr", "mean_run", "even")
+    ]
 
 
 class _Form(ctypes.Structure):
@@ -114,7 +116,11 @@ class Program:
         self.weighted = mask is not None and not recipe.membership
         dense = mask is None and not sets.merges
         self.count = torch.full((1,) * len(self.shape), x.numel() // self.n_sets) if dense else None
-        self.new = torch.empty if not sets.merges else torch.zeros  # of labels, no value may be left out
+        new = torch.empty_like if not sets.merges else torch.zeros_like  # of labels, no value may be left out
+        like = torch.empty((3, *self.shape), dtype=self.dtype)
+        counts = torch.empty(self.shape, dtype=self.dtype if self.weighted else torch.int64)
+        # Memory for mean, low and M2 of every set, side by side; and for the count, if sets differ in it.
+        self.new_moments: Callable[[], Kept] = (lambda: (new(like),)) if dense else (lambda: (new(like), new(counts)))
         self.form = _Form(
             dtype=DTYPES[x.dtype],
             columns=form.columns,
@@ -193,13 +199,6 @@ class Program:
         if self.copied:
             x = torch.empty_like(x).copy_(x)
         return Operands(x, mask, self.wide(weight), self.wide(bias))
-
-    def new_moments(self) -> Kept:
-        """Memory for mean, low and M2 of every set, side by side; and for the count, if sets differ in it."""
-        moments = self.new((3, *self.shape), dtype=self.dtype)
-        if self.count is not None:
-            return (moments,)
-        return moments, self.new(self.shape, dtype=self.dtype if self.weighted else torch.int64)
 
     def places(self, kept: Kept) -> tuple[int, int, int, int, int]:
         """Where mean, low, M2 and count lie, and whether the count is floating."""
@@ -309,21 +308,23 @@ def apply(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
 
 
 def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor, *, of_mask: bool = True) -> Gradients:
-    p = _program(recipe, operands.x)
-    dx = torch.empty_like(operands.x)
-    dmask, dweight, dbias = _gradients(p, operands, mask=of_mask)
-    p.call(BACKWARD, p.operands(operands), dx, p.places(kept), p.gradient(dy, operands.x), dmask, dweight, dbias)
-    _, mask, weight, bias = operands
+    x, mask, weight, bias = operands
+    p = _program(recipe, x)
+    dx = torch.empty_like(x)
+    wide = p.operands(operands)
+    dmask, dweight, dbias = _gradients(p, wide, mask=of_mask)
+    p.call(BACKWARD, wide, dx, p.places(kept), p.gradient(dy, x), dmask, dweight, dbias)
     return Gradients(dx, _as(dmask, mask), _as(dweight, weight), _as(dbias, bias))
 
 
 def backward_sums(recipe: Recipe, operands: Operands, moments: Moments, dy: Tensor) -> Sums:
     p = _program(recipe, operands.x)
     kept = p.keep(moments)
-    _, dweight, dbias = _gradients(p, operands, mask=False)
+    wide = p.operands(operands)
+    _, dweight, dbias = _gradients(p, wide, mask=False)
     sums = grad, grad_xhat = torch.zeros((2, *p.shape), dtype=p.dtype).unbind()
     dy = p.gradient(dy, operands.x)
-    p.call(BACKWARD_SUMS, p.operands(operands), None, p.places(kept), dy, None, dweight, dbias, sums)
+    p.call(BACKWARD_SUMS, wide, None, p.places(kept), dy, None, dweight, dbias, sums)
     return Sums(grad, grad_xhat, _as(dweight, operands.weight), _as(dbias, operands.bias))
 
 
@@ -333,17 +334,18 @@ def backward_dx(
     p = _program(recipe, operands.x)
     dx = torch.empty_like(operands.x)
     kept = p.keep(moments)
-    dmask = None if sums is None else _gradients(p, operands, mask=True)[0]
+    wide = p.operands(operands)
+    dmask = None if sums is None else _gradients(p, wide, mask=True)[0]
     both = () if sums is None else [t.to(p.dtype).expand(p.shape).contiguous() for t in sums[:2]]
     dy = None if dy is None else p.gradient(dy, operands.x)
-    p.call(BACKWARD_DX, p.operands(operands), dx, p.places(kept), dy, dmask, None, None, both)
+    p.call(BACKWARD_DX, wide, dx, p.places(kept), dy, dmask, None, None, both)
     return dx, _as(dmask, operands.mask)
 
 
-def _gradients(p: Program, operands: Operands, *, mask: bool) -> list[Tensor | None]:
+def _gradients(p: Program, wide: Operands, *, mask: bool) -> list[Tensor | None]:
     """Memory for the gradients of mask, weight and bias."""
-    wanted = (operands.mask if p.weighted and mask else None, operands.weight, operands.bias)
-    return [None if t is None else torch.empty(t.shape, dtype=p.dtype) for t in wanted]
+    wanted = (wide.mask if p.weighted and mask else None, wide.weight, wide.bias)
+    return [None if t is None else torch.empty_like(t) for t in wanted]
 
 
 def _as(gradient: Tensor | None, operand: Tensor | None) -> Tensor | None:
