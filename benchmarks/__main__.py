@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace, threads: int, path: Path) -> int:
     if overheads:
         results["overhead"] = overhead.measure(args.device, settings.rounds)
         print(*map(report.overhead_line, results["overhead"]), sep="\n")
-    _cases(chosen, settings, results)
+    _cases(chosen, settings, results, path)
     if args.quick:
         results["missing"].append("torch.compile and peak memory (left out by --quick)")
     else:
@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace, threads: int, path: Path) -> int:
     return _finish(args, results, path)
 
 
-def _cases(chosen: list[Case], settings: rows.Settings, results: report.Results) -> None:
+def _cases(chosen: list[Case], settings: rows.Settings, results: report.Results, path: Path) -> None:
     for case in chosen:
         for resident in (False, True):
             if time.monotonic() > settings.until:
@@ -124,6 +124,7 @@ def _cases(chosen: list[Case], settings: rows.Settings, results: report.Results)
                 print(report.line(row), flush=True)
             gc.collect()
         torch._dynamo.reset()
+        report.write(path, results)  # what is known, should a later case end the process
 
 
 def _of_peak(results: report.Results) -> list[list[str]]:

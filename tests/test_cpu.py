@@ -490,6 +490,95 @@ def test_large_ranges_of_other_dtypes(name, dtype):
     check(problem(pattern, (x + 5).to(dtype), **kwargs), widths_=[2], threads=(1, 2))
 
 
+# Rows and runs that begin anywhere in a line of the cache, whole lines, and masks along the columns.
+PAST = [
+    ("n c -> n", (4600, 1003), {}),
+    ("n (g c) -> n g", (3000, 1536), {"sizes": {"g": 64}}),
+    ("n (g c) -> n g", (3000, 1540), {"sizes": {"g": 220}}),
+    ("n c, n c -> n", (4600, 1001), {"mask": True}),
+    ("n t c, n -> n c", (40, 1000, 128), {"mask": True}),
+    ("n t c -> n c", (40, 1000, 128), {"activation": "silu"}),
+    ("n t c -> n", (12, 480, 1003), {"activation": "gelu"}),  # ranges that are cut
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("pattern", "shape", "kwargs"), PAST)
+def test_large_results_are_those_of_their_parts(pattern, shape, kwargs, dtype):
+    """Results of more than 16 MiB are written past the caches, those of a part of the samples are not."""
+    x, dy = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
+    kwargs = dict(kwargs)
+    mask = None
+    if kwargs.pop("mask", False):
+        axes = pattern.split("->")[0].split(",")[1].split()
+        mask = torch.rand(shape[: len(axes)], generator=torch.Generator().manual_seed(2)) < 0.7
+    parameter = [torch.randn(shape[-1], generator=torch.Generator().manual_seed(i)).to(dtype) for i in (3, 4)]
+    affine = "(g c)" if "(g c)" in pattern else "c"
+
+    def both(part):
+        m = None if mask is None else mask[part]
+        p = problem(
+            pattern, x[part], dy=dy[part], mask=m, weight=parameter[0], bias=parameter[1], affine=affine, **kwargs
+        )
+        found = results(cpu, p)
+        return found.y, found.dx
+
+    assert x.nbytes > 1 << 24
+    for width in widths():
+        with engine(width, 2):
+            whole = both(slice(None))
+            step = max(1, len(x) * (1 << 23) // x.nbytes)
+            parts = [both(slice(i, i + step)) for i in range(0, len(x), step)]
+            for one, pieces in zip(whole, zip(*parts, strict=True), strict=True):
+                assert torch.equal(one, torch.cat(pieces))
+
+
+FAR = [
+    ("n c -> n", (6, 3000), {}),  # runs
+    ("n c -> n", (6, 300000), {}),  # in parts
+    ("n c -> c", (300, 40), {}),  # columns
+    ("n (g c) -> n g", (3, 96), {"sizes": {"g": 4}}),  # short runs
+    ("n t (g c) -> n g", (3, 100, 24), {"sizes": {"g": 4}}),  # a table of columns
+    ("n c -> kind[n]", (60, 40), {"labels": {"kind": Partition(torch.arange(60) % 7)}}),
+]
+
+
+@pytest.mark.parametrize("away", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize(("pattern", "shape", "kwargs"), FAR)
+def test_a_first_element_far_away_costs_no_digits(pattern, shape, kwargs, away):
+    """The shift is an element of the set. And other sets do not notice."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 3
+    before = results(cpu, problem(pattern, x, **kwargs))
+    far = x.clone()
+    far.view(-1)[0] += away
+    p = problem(pattern, far, **kwargs)
+    check(p, threads=(1, 2))
+    after = results(cpu, p)
+    sets = p.recipe.sets
+    touched = torch.zeros(shape)
+    touched.view(-1)[0] = 1
+    others = (sets.spread(sets.sum(touched.view(sets.axes.sizes))) == 0).expand(sets.axes.sizes).reshape(shape)
+    assert others.any()
+    assert torch.equal(after.y[others], before.y[others])
+    assert torch.equal(after.dx[others], before.dx[others])
+
+
+def test_dx_of_moments_alone():
+    """Without dy, what flows to x through its moments: here of sum(a * mean + b * m2)."""
+    for pattern, kwargs in (("n c -> n", {}), ("n c -> c", {}), ("n (g c) -> n g", {"sizes": {"g": 4}})):
+        x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)) * 3 + 100
+        p = problem(pattern, x, **kwargs)
+        m = cpu.statistics(p.recipe, p.operands)
+        a, b = torch.randn(2, *m.mean.shape, generator=torch.Generator().manual_seed(1))
+        leaf = x.double().requires_grad_()
+        wide = aten.statistics(p.wide, Operands(leaf))
+        (expected_dx,) = torch.autograd.grad((a * wide.mean + b * wide.m2).sum(), leaf)
+        dx, _ = cpu.backward_dx(p.recipe, p.operands, m, None, aten.backward_statistics(p.recipe, m, a, b))
+        # Of b * 2 (x - mean), known to a few roundings of x - mean, and of the products that make it.
+        bound = 32 * torch.finfo(torch.float32).eps * expected_dx.abs().max()
+        assert (dx - expected_dx).abs().max() <= bound
+
+
 @pytest.mark.parametrize("pattern", ["n c -> n", "n c -> c", "n (g c) -> n g", "v c -> graph[v]"])
 def test_many_small_ranges_on_threads(pattern):
     g = torch.Generator().manual_seed(2)

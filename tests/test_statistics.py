@@ -114,6 +114,48 @@ def test_tiles_of_an_image_give_the_image():
     torch.testing.assert_close(assembled, whole, rtol=0, atol=4e-6)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_about_a_share_of_the_mean(offset):
+    """The center is a share of the mean, and M2 is about it: PyG's GraphNorm, by its formula in float64."""
+    x = torch.randn(6, 50, generator=torch.Generator().manual_seed(0)) + offset
+    share = torch.tensor([0.0, 0.5, 1.0, 1.0, -1.0, 2.0])
+    m = moments(x, "n c -> n").about(share)
+    wide = x.double()
+    center = wide.mean(1) * share.double()
+    m2 = (wide - center[:, None]).square().sum(1)
+    eps = torch.finfo(torch.float32).eps
+    assert ((m.mean.double() + m.low.double() - center).abs() <= 4 * eps * center.abs() + 16 * eps).all()
+    assert ((m.m2.double() - m2).abs() <= 16 * eps * m2).all()
+    y = normalize(x, "n c -> n", moments=m)
+    expected = (wide - center[:, None]) / (m2 / 50 + 1e-5).sqrt()[:, None]
+    assert ((y - expected).abs() <= 8 * eps * (1 + expected.abs()) * (1 + offset)).all()
+    same = torch.full((1, 5), 1000.3)
+    assert not normalize(same, "n c -> n", moments=moments(same, "n c -> n").about(1.0)).any()
+
+
+@pytest.mark.parametrize("pattern", ["n c -> n", "n c -> c", "n c, n -> c", "n c -> kind[n] c"])
+def test_gradients_of_moments(pattern):
+    """Of the kernels, against autograd through the composition in float64; and once more."""
+    x = torch.randn(12, 10, generator=torch.Generator().manual_seed(0)) * 2 + 50
+    mask = torch.arange(12) % 3 > 0 if "," in pattern else None
+    names = {"kind": Partition(torch.arange(12) % 4)} if "kind" in pattern else {}
+
+    def f(x, a, b):
+        m = moments(x, pattern, mask, **names)
+        return (m.mean * a + m.m2 * b).sum()
+
+    like = moments(x, pattern, mask, **names).mean
+    a, b = torch.randn(2, *like.shape, generator=torch.Generator().manual_seed(1))
+    leaf = x.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(f(leaf, a, b), leaf)
+    expected = torch.func.grad(f)(x.double(), a.double(), b.double())  # seen through: by the composition
+    assert (ours - expected).abs().max() <= 32 * torch.finfo(torch.float32).eps * expected.abs().max()
+    if mask is not None:
+        assert not ours[~mask].any()
+    wide = x.double().requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: f(x, a.double(), b.double()), wide)
+
+
 def test_a_value():
     m = moments(torch.randn(5, 3), "n c -> c")
     assert math.isclose(m.var[0].item(), (m.m2 / 5)[0].item())

@@ -38,7 +38,7 @@ class _Dim(ctypes.Structure):
 
 class _Column(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int64) for name in ("kind", "table", "count", "offsets", "runs", "run_ptr", "mean_run", "even")
+        (name, ctypes.c_int64) for name in ("kind", "table", "count", "offsets", "runs", "run_ptr", "mean_run", "blocks", "even")
     ]
 
 
@@ -175,6 +175,7 @@ class Program:
             packed.table, packed.runs = self.address(table), self.address(runs)
             packed.run_ptr = self.address(torch.nn.functional.pad(first.sum(1).cumsum(0), (1, 0)))
             packed.mean_run = table.numel() // runs.numel()
+            packed.blocks = table.shape[0]
             packed.even = table.shape[1] % 8 == 0 and not (runs % 8).any()
         return packed
 

@@ -25,6 +25,7 @@ struct Column {
     const int32_t* runs;     // first column of every run of one value, block after block
     const int64_t* run_ptr;  // [blocks + 1]: the runs of every block
     int64_t mean_run;        // columns of a run
+    int64_t blocks;          // of the table
     int64_t even;            // eight divides the columns of every run
 };
 

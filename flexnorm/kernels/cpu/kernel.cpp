@@ -151,6 +151,8 @@ class Scratch {
     static constexpr int64_t NARROW = TILE + 48, WIDE = SPAN + 48;
 
     // Of the columns of a tile.
+    const T* lanes_of = nullptr;  // whose values are in `lane`, of which columns, and how many fields
+    int64_t lanes_block, lanes_k, lanes_fields;
     T lane[6][NARROW], a[NARROW], d[NARROW], scaled[2][WIDE];
     double column[5][NARROW];
     Sums columns{column[0], column[1], column[2], column[3], column[4]};
@@ -169,6 +171,12 @@ class Scratch {
                 v + 3 * n, v + 4 * n, v + 5 * n, v + 6 * n, v + 7 * n};
     }
 
+    Sums wide_columns(int64_t n) {
+        wide.reserve(5 * n);
+        double* d = wide.data();
+        return {d, d + n, d + 2 * n, d + 3 * n, d + 4 * n};
+    }
+
     static Scratch& here() {
         static thread_local std::unique_ptr<Scratch> own;
         if (!own) own.reset(new Scratch);
@@ -176,7 +184,7 @@ class Scratch {
     }
 
    private:
-    Array<double> doubles;
+    Array<double> doubles, wide;
     Array<T> values;
 };
 
@@ -651,11 +659,15 @@ class Kernel {
     }
 
     Lanes lanes(Own& own, const Sets<T>& from, int64_t block, int64_t k, int64_t n, int fields) const {
+        // One tile of columns is looked up once for all rows.
+        bool known = own.lanes_of == from.high && own.lanes_block == block && own.lanes_k == k && own.lanes_fields >= fields;
+        own.lanes_of = from.high, own.lanes_block = block, own.lanes_k = k;
+        own.lanes_fields = known ? own.lanes_fields : fields;
         const T* sources[6] = {from.high, from.r, from.c, from.c1, from.c2, from.v};
         const T* at[6] = {};
         for (int i = 0; i < fields; ++i) {
             at[i] = f.sets.kind == EACH ? sources[i] + k : own.lane[i];
-            if (f.sets.kind == TABLE) gather(sources[i], f.sets.table + block * f.columns + k, own.lane[i], n);
+            if (f.sets.kind == TABLE && !known) gather(sources[i], f.sets.table + block * f.columns + k, own.lane[i], n);
         }
         return {at[0], at[1], at[2], at[3], at[4], at[5]};
     }
@@ -701,11 +713,20 @@ class Kernel {
 
     void pass(Own& own, const Sums& sums, const Range& range, const Part& part, bool fixed) {
         if (f.sets.kind == ONE && f.mask_kind == EVERYTHING) return pass_plain(own, sums, range, part, fixed);
+        // Short runs of columns: sums of each column first, of all rows of the part where all have the same table.
+        int64_t width = part.k1 - part.k0;
+        bool tabled = f.sets.kind == TABLE, together = tabled && f.sets.blocks == 1 && part.r1 - part.r0 > BATCH;
+        Sums all = sums;
+        if (together) begin(all = own.wide_columns(width), sums, 0, part.k0, width, fixed);
         pieces(
             range, part,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
-                if (f.sets.kind == EACH) columns(own, sums.at(k - part.k0), rows, n_rows, k, n, fixed);
-                else table(own, sums, rows, n_rows, block, k, n, fixed);
+                if (!tabled || together) return columns(own, all.at(k - part.k0), rows, n_rows, k, n, fixed);
+                if (n_rows < MANY && (f.mask_kind == EVERYTHING || f.mask.kind == ONE))
+                    return scatter(own, sums, rows, n_rows, block, k, n, fixed);
+                begin(own.columns, sums, block, k, n, fixed);
+                columns(own, own.columns, rows, n_rows, k, n, fixed);
+                fold_columns(own.columns, sums, block, k, n, fixed);
             },
             [&](const Row& row, int64_t block, int64_t k, int64_t n) {
                 Share share = this->share(own, row, k, n);
@@ -715,6 +736,7 @@ class Kernel {
                     run(sums, id, v + (begin - k), share.from(begin - k), many, fixed);
                 });
             });
+        if (together) fold_columns(all, sums, 0, part.k0, width, fixed);
     }
 
     // Rows that follow one another in memory are one run.
@@ -795,15 +817,14 @@ class Kernel {
         if (total != 0) SIMD for (int64_t j = 0; j < n; ++j) to.n[j] += total;
     }
 
-    // Short runs of columns: sums of each column first, which are then shifted to those of its set.
-    void table(Own& own, const Sums& sums, const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n, bool fixed) {
-        const int32_t* id = f.sets.table + block * f.columns + k;
-        if (n_rows < MANY && (f.mask_kind == EVERYTHING || f.mask.kind == ONE))
-            return scatter(own, sums, rows, n_rows, id, k, n, fixed);
-        const Sums& each = own.columns;
+    // Sums of columns, to be shifted to those of their sets.
+    void begin(const Sums& each, const Sums& sums, int64_t block, int64_t k, int64_t n, bool fixed) const {
         each.clear(n, false);
-        if (fixed) gather(sums.shift, id, each.shift, n);
-        columns(own, each, rows, n_rows, k, n, fixed);
+        if (fixed) gather(sums.shift, f.sets.table + block * f.columns + k, each.shift, n);
+    }
+
+    void fold_columns(const Sums& each, const Sums& sums, int64_t block, int64_t k, int64_t n, bool fixed) const {
+        const int32_t* id = f.sets.table + block * f.columns + k;
         for (int64_t j = 0; j < n; ++j) {
             if (!(each.n[j] > 0)) continue;
             int64_t i = id[j];
@@ -816,8 +837,9 @@ class Kernel {
         }
     }
 
-    void scatter(Own& own, const Sums& sums, const Row* rows, int64_t n_rows, const int32_t* id, int64_t k, int64_t n,
+    void scatter(Own& own, const Sums& sums, const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n,
                  bool fixed) {
+        const int32_t* id = f.sets.table + block * f.columns + k;
         double *count = sums.n, *shift = sums.shift, *s = sums.s, *q = sums.q;
         for (int64_t i = 0; i < n_rows; ++i) {
             Share share = this->share(own, rows[i], k, n);
@@ -841,6 +863,7 @@ class Kernel {
     // --- y
 
     void apply(Own& own, const Sets<T>& from, const Range& range, const Part& part) {
+        own.lanes_of = nullptr;
         pieces(
             range, part,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
@@ -961,6 +984,7 @@ class Kernel {
     void dots(Own& own, const Sets<T>& from, double* sg, double* sgx, int64_t first, const Range& range, const Part& part,
               int64_t slot) {
         Slot of = c.dweight || c.dbias ? this->slot(slot) : Slot{};
+        own.lanes_of = nullptr;
         pieces(
             range, part,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
@@ -1056,6 +1080,7 @@ class Kernel {
 
     void gradients(Own& own, const Sets<T>& from, const Range& range, const Part& part, int64_t slot) {
         double* pm = wants_mask() && (c.sum_g || c.what == BACKWARD) ? this->slot(slot).mask : nullptr;
+        own.lanes_of = nullptr;
         pieces(
             range, part,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
