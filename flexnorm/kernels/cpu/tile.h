@@ -1,6 +1,7 @@
 // Loops over columns that lie side by side: all arithmetic is here. No loop knows what a set is.
 // S is the dtype in memory, T that of statistics (float or double); sums are double.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -399,34 +400,41 @@ INLINE void run_sums(const T* x, N n, double shift, double* sums) {
     });
 }
 
+// With a mask or weights along the columns, in doubles; not more of them one after another than a tree has.
+constexpr int64_t CHAIN = 512;
+
 template <class T>
 inline void run_sums(const T* RESTRICT x, const uint8_t* RESTRICT m, int64_t n, double shift, double& c, double& s,
                      double& q) {
-    double a = 0, b = 0;
-    int32_t inside = 0;
+    for (int64_t begin = 0; begin < n; begin += CHAIN) {
+        double a = 0, b = 0;
+        int32_t inside = 0;
 #pragma omp simd reduction(+ : a, b, inside)
-    for (int64_t k = 0; k < n; ++k) {
-        double d = m[k] ? double(x[k]) - shift : 0.0;
-        a += d;
-        b += d * d;
-        inside += m[k] != 0;
+        for (int64_t k = begin; k < std::min(n, begin + CHAIN); ++k) {
+            double d = m[k] ? double(x[k]) - shift : 0.0;
+            a += d;
+            b += d * d;
+            inside += m[k] != 0;
+        }
+        c += inside, s += a, q += b;
     }
-    c += inside, s += a, q += b;
 }
 
 template <class T>
 inline void run_sums(const T* RESTRICT x, const T* RESTRICT w, int64_t n, double shift, double& c, double& s,
                      double& q) {
-    double a = 0, b = 0, total = 0;
+    for (int64_t begin = 0; begin < n; begin += CHAIN) {
+        double a = 0, b = 0, total = 0;
 #pragma omp simd reduction(+ : a, b, total)
-    for (int64_t k = 0; k < n; ++k) {
-        double d = w[k] > 0 ? double(x[k]) - shift : 0.0;  // what weighs nothing may be NaN
-        double wd = double(w[k]) * d;
-        a += wd;
-        b += wd * d;
-        total += w[k];
+        for (int64_t k = begin; k < std::min(n, begin + CHAIN); ++k) {
+            double d = w[k] > 0 ? double(x[k]) - shift : 0.0;  // what weighs nothing may be NaN
+            double wd = double(w[k]) * d;
+            a += wd;
+            b += wd * d;
+            total += w[k];
+        }
+        c += total, s += a, q += b;
     }
-    c += total, s += a, q += b;
 }
 
 // --- sums of a set per column, over rows
