@@ -13,7 +13,7 @@ import torch
 
 from . import chart, machine, overhead, peak, report, rows
 from .case import Case
-from .memory import TUNABLES, clone_over_copy, keep_freed_memory, warm
+from .memory import TUNABLES, clone_over_copy, give_back, keep_freed_memory, warm
 
 CHART = report.ROOT / "docs" / "speed.svg"
 PAGES = {report.ROOT / "README.md": report.short_table, report.ROOT / "docs" / "speed.md": report.long_table}
@@ -29,6 +29,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--draw", action="store_true", help=f"draw {CHART.name} from the JSON, measure nothing")
     parser.add_argument("--table", action="store_true", help="write the tables of the JSON into README and docs")
     parser.add_argument("--chart", type=Path, default=CHART, help="where to draw (svg or png)")
+    parser.add_argument("--seconds", type=int, help="the time it may take; 140 if quick, else 1620")
+    parser.add_argument("--resume", action="store_true", help="go on where a run of these settings ended")
     parser.add_argument("--list", action="store_true", help="names of the cases")
     args = parser.parse_args(given)
     if args.threads != "all" and not (args.threads.isdigit() and int(args.threads) > 0):
@@ -70,7 +72,7 @@ def measure(args: argparse.Namespace, threads: int, path: Path) -> int:
         memory = machine.described("cpu")["memory_gib"]
         warm(min(4 if args.quick else 8, memory // 3) << 30)
     cache = machine.cache_bytes(args.device)
-    deadline = began + (140 if args.quick else 27 * 60)
+    deadline = began + (args.seconds or (140 if args.quick else 27 * 60))
     cases_until = deadline if args.quick else deadline - 120  # the rest is for peak memory
     settings = rows.Settings(args.device, threads, args.quick, cache, cases_until)
     steady = clone_over_copy(cache) if args.device == "cpu" else None
@@ -96,7 +98,13 @@ def measure(args: argparse.Namespace, threads: int, path: Path) -> int:
     if args.quick:  # what nobody else has comes first, should time run out
         chosen.sort(key=lambda c: ["expression", "pyg", "native"].index(c.kind))
     overheads = (args.only or "").lower() in overhead.NAME
-    if not chosen and not overheads:
+    if args.resume:
+        before = report.read(path)
+        results["rows"], results["overhead"] = before["rows"], before["overhead"]
+        results["missing"] += before["missing"]
+        known = {row["case"] for row in before["rows"]}
+        chosen, overheads = [c for c in chosen if c.name not in known], False
+    if not chosen and not overheads and not args.resume:
         raise SystemExit(f"no case contains {args.only!r}: --list shows them" + (" (with --quick)" * args.quick))
     if overheads:
         results["overhead"] = overhead.measure(args.device, settings.rounds)
@@ -124,6 +132,7 @@ def _cases(chosen: list[Case], settings: rows.Settings, results: report.Results,
                 print(report.line(row), flush=True)
             gc.collect()
         torch._dynamo.reset()
+        give_back()
         report.write(path, results)  # what is known, should a later case end the process
 
 

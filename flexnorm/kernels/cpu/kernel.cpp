@@ -773,7 +773,7 @@ class Kernel {
             if (share.weights)
                 while (first < n && !(share.weights[first] > 0)) ++first;
             if (first == n) return;
-            shift = double(v[first]);
+            shift = !share.bytes && !share.weights && n >= TREE * 16 ? run_shift(v) : double(v[first]);
         }
         if (share.bytes) run_sums(v, share.bytes, n, shift, count, s, q);
         else if (share.weights) run_sums(v, share.weights, n, shift, count, s, q);
@@ -800,19 +800,21 @@ class Kernel {
                 }
                 continue;
             }
-            if (!begun) SIMD for (int64_t j = 0; j < n; ++j) to.shift[j] = double(v[j]);
-            begun = true;
-            if (f.mask_kind == EVERYTHING && i + 8 <= n_rows) {
+            const bool eight = f.mask_kind == EVERYTHING && i + 8 <= n_rows;
+            if (!begun && !eight) SIMD for (int64_t j = 0; j < n; ++j) to.shift[j] = double(v[j]);
+            if (eight) {
                 int64_t step = 16 * (rows[i + 1].at[X] - rows[i].at[X]);  // if the rows to come lie like these
                 for (int j = 0; j < 8; ++j) fetch<0>(x + rows[i + j].at[X] + step + k, n);
                 const T* next[8] = {v};
                 for (int j = 1; j < 8; ++j) next[j] = values(x + rows[i + j].at[X] + k, own.x[j], n);
+                if (!begun) lane_shifts(next, n, to.shift);
                 lane_sums(next, n, to.shift, to.s, to.q);
                 total += 8, i += 7;
             } else {
                 lane_sums(v, n, double(share.one), to.shift, to.s, to.q);
                 total += double(share.one);
             }
+            begun = true;
         }
         if (total != 0) SIMD for (int64_t j = 0; j < n; ++j) to.n[j] += total;
     }

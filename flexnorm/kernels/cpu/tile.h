@@ -464,6 +464,26 @@ inline void lane_sums(const T* const* rows, int64_t n, const double* RESTRICT sh
     }
 }
 
+// The first of eight values, and what they differ from it on average: near their mean, and the value of equal ones exactly.
+template <class T>
+inline void lane_shifts(const T* const* rows, int64_t n, double* RESTRICT shift) {
+    const T *RESTRICT x0 = rows[0], *RESTRICT x1 = rows[1], *RESTRICT x2 = rows[2], *RESTRICT x3 = rows[3];
+    const T *RESTRICT x4 = rows[4], *RESTRICT x5 = rows[5], *RESTRICT x6 = rows[6], *RESTRICT x7 = rows[7];
+    SIMD for (int64_t k = 0; k < n; ++k) {
+        T c = x0[k];
+        T d = ((x1[k] - c) + (x2[k] - c)) + ((x3[k] - c) + (x4[k] - c)) + ((x5[k] - c) + (x6[k] - c)) + (x7[k] - c);
+        T near = c + d * T(0.125);
+        shift[k] = near - near == 0 ? double(near) : double(c);  // finite
+    }
+}
+template <class T>
+inline double run_shift(const T* x) {
+    double d = 0;
+    for (int k = 1; k < 8; ++k) d += double(x[k]) - double(x[0]);
+    T near = T(double(x[0]) + d * 0.125);
+    return near - near == 0 ? double(near) : double(x[0]);
+}
+
 // M is uint8_t (membership) or T (weights). A column takes its first element as its shift, unless `fixed`.
 template <class T, class M>
 inline void lane_sums(const T* RESTRICT x, const M* RESTRICT m, int64_t n, bool fixed, double* RESTRICT c,
