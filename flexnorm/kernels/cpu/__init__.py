@@ -38,7 +38,8 @@ class _Dim(ctypes.Structure):
 
 class _Column(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int64) for name in ("kind", "table", "count", "offsets", "runs", "run_ptr", "mean_run", "blocks", "even")
+        (name, ctypes.c_int64)
+        for name in ("kind", "table", "count", "offsets", "runs", "run_ptr", "mean_run", "blocks", "even")
     ]
 
 
