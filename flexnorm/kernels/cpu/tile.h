@@ -15,8 +15,13 @@
 
 #define RESTRICT __restrict__
 #define SIMD _Pragma("omp simd")
+#if defined(__SANITIZE_ADDRESS__)  // whose checks, written out at every place, take a compiler many minutes
+#define INLINE inline
+#define INLINE_LAMBDA
+#else
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+#endif
 
 namespace ARCH {
 
