@@ -7,8 +7,8 @@ from ._version import __version__ as __version__
 from .context import given
 from .errors import ShapeError, SpecError
 from .functional import moments, normalize
-from .norm import Norm
+from .norm import Norm, calibrate
 from .partition import Partition
 from .statistics import Moments
 
-__all__ = ["Moments", "Norm", "Partition", "ShapeError", "SpecError", "given", "moments", "normalize"]
+__all__ = ["Moments", "Norm", "Partition", "ShapeError", "SpecError", "calibrate", "given", "moments", "normalize"]

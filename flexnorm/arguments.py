@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -105,6 +106,23 @@ def check_eps(spec: Spec, eps: float, sizes: Mapping[str, int], labels: Iterable
         raise SpecError(spec.x.error(rule, axis, received=received, instead=instead))
 
 
+def spec_along(spec: Spec, cumulative: str) -> Spec:
+    """The pattern whose statistics are those of each place along an axis that they are to be cumulated along."""
+    axes = {axis.name: axis for axis in spec.x.axes()}
+    kept = [axis for axis in spec.sets.axes() if axis.name == cumulative]
+    if cumulative not in axes or kept:
+        pooled = [name for name, axis in axes.items() if axis not in list(spec.sets.axes())]
+        raise SpecError(
+            spec.x.error(
+                "cumulative names one pooled axis of x",
+                *(kept if kept else spec.x.elements),
+                received=f"cumulative={shown(cumulative)}",
+                instead=f"one of: {', '.join(pooled) or 'none, as no axis is pooled'}",
+            )
+        )
+    return spec.keeping(cumulative)
+
+
 def label_names(spec: Spec, *parameters: Expr | None) -> dict[str, tuple[Expr, Lookup]]:
     """The labels that the pattern and the axes of the parameters read, and where."""
     exprs = [spec.sets, *(expr for expr in parameters if expr is not None)]
@@ -165,6 +183,11 @@ class Formula:
         self.sizes = tuple(sizes.items())
         self.lookups = label_names(spec, *self.affines)
         self._recipes: dict[Any, Recipe] = {}
+
+    @cached_property
+    def of_moments(self) -> Formula:
+        """The formula that says of the same sets what their moments are, whatever is made of them."""
+        return Formula(self.spec, Options(), (), dict(self.sizes))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Formula, (self.spec, self.options, self.affines, dict(self.sizes))
@@ -266,9 +289,9 @@ def _check_x(spec: Spec, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         received, instead = type(x).__name__, "torch.as_tensor(x)"
         raise SpecError(spec.x.error("x is a torch.Tensor", *every, received=received, instead=instead))
-    if not is_wide(x):
+    if not (is_wide(x) or x.is_complex()):
         received, instead = f"x of {x.dtype}", "x.float()"
-        raise SpecError(spec.x.error("x is a floating tensor", *every, received=received, instead=instead))
+        raise SpecError(spec.x.error("x is a floating or complex tensor", *every, received=received, instead=instead))
     if x.layout != torch.strided or x.is_nested:
         raise SpecError(
             spec.x.error(
@@ -340,7 +363,7 @@ def _check_params(sets: Sets, weight: Tensor | None, bias: Tensor | None, x: Ten
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
             continue
-        if not isinstance(value, Tensor) or not is_wide(value):
+        if not isinstance(value, Tensor) or not (is_wide(value) or (value.is_complex() and x.is_complex())):
             kind = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else shown(value)
             raise SpecError(expr.error(f"{name} is a floating tensor", received=kind, instead=f"{name}.float()"))
         check_operand(expr, expr.elements, name, value, x)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
+from . import complexes, ops
 from .arguments import (
     Formula,
     Label,
@@ -21,12 +21,14 @@ from .arguments import (
     inward_moments,
     label_names,
     sort_names,
+    spec_along,
 )
 from .errors import SpecError, say, shown
-from .kernels import ROOMS, Operands, Recipe, Room, aten, choose
+from .kernels import ROOMS, Operands, Recipe, Room, Whole, aten, choose
 from .partition import Partition
-from .spec import Expr, Spec
-from .statistics import Moments
+from .ranks import Ranks, Sharding, is_dtensor
+from .spec import Element, Expr, Spec
+from .statistics import Moments, each
 
 
 def normalize(
@@ -42,6 +44,9 @@ def normalize(
     eps: float = 1e-5,
     activation: str | None = None,
     moments: Moments | None = None,
+    cumulative: str | None = None,
+    sharded: str | Sequence[str] | None = None,
+    process_group: Any = None,
     sizes: Mapping[str, int] | None = None,
     labels: Mapping[str, Label] | None = None,
     **names: int | Label,
@@ -54,7 +59,8 @@ def normalize(
     axes of x are pooled, as in `einops.reduce(x, pattern, "mean")`, which is the tensor of means.
 
     Args:
-        x: floating tensor with the axes of the pattern's left side.
+        x: floating or complex tensor with the axes of the pattern's left side. Of complex numbers the mean is complex,
+            and the variance is E|x - mean|^2. A DTensor says itself what is sharded.
         pattern: `"n (g c) ... -> n g"`; `"b t c, b t -> b"` with a mask; `"v c -> graph[v] c"` with labels.
         mask: over the axes behind the comma. **bool**: True where an element counts; all others belong to no set, their
             output and their gradient are 0, whatever they hold. **floating**, >= 0: weighs the statistics; every
@@ -67,6 +73,12 @@ def normalize(
         activation: "relu", "silu" or "gelu", applied to the result.
         moments: statistics to use instead of x's own, shaped as the right side of the pattern; a floating mask, which
             would weigh x's own, then says nothing.
+        cumulative: a pooled axis, as time: every place along it is normalized by the statistics up to and with it. The
+            moments have it as their last axis.
+        sharded: axes of x, `"n"`, that are spread over the ranks of a process group: where they are pooled, moments are
+            merged across ranks. All ranks make the call; ids of labels are global. The gradient of x is that of the
+            sum of all ranks' losses; those of weight and bias are of this rank's part of x.
+        process_group: of `torch.distributed`; None is the default one.
         sizes: sizes of axes and compositions, for those that cannot be keywords: `{"(g c)": 64}`.
         labels: labels that cannot be keywords.
         **names: sizes of axes (`g=32`), and labels: a tensor of ids, or a `Partition`.
@@ -78,6 +90,7 @@ def normalize(
     Raises:
         SpecError: the pattern, a name or an option means nothing.
         ShapeError: x, mask, label or parameter does not fit the pattern.
+        RuntimeError: with `sharded`, there is no process group, or another rank has failed.
 
     >>> x = torch.tensor([[1.0, 3.0, 10.0, 30.0]])
     >>> normalize(x, "n (g c) -> n g", g=2, eps=0)
@@ -99,9 +112,14 @@ def normalize(
         rule = f"{'weight' if weight is not None else 'bias'} is given, and affine= does not say what its axes are"
         received = shown(weight if weight is not None else bias)
         raise SpecError(say(rule, text=spec.text, received=received, instead='affine="c", say'))
+    if cumulative is not None:
+        spec = spec_along(spec, cumulative)
     formula = _formula(spec, options, params, tuple(told.items()))
-    y, _ = run(formula, x, mask, () if params is None else ((weight, bias),), moments, partitions)
-    return y
+    given = (x, mask, () if params is None else ((weight, bias),), moments, partitions)
+    if sharded is None and process_group is None:
+        return run(formula, *given, cumulative=cumulative is not None)[0]
+    with ranks_of(spec, sharded, process_group) as ranks:
+        return run(formula, *given, cumulative=cumulative is not None, ranks=ranks)[0]
 
 
 def moments(
@@ -109,6 +127,8 @@ def moments(
     pattern: str,
     mask: Tensor | None = None,
     *,
+    sharded: str | Sequence[str] | None = None,
+    process_group: Any = None,
     sizes: Mapping[str, int] | None = None,
     labels: Mapping[str, Label] | None = None,
     **names: int | Label,
@@ -124,16 +144,19 @@ def moments(
     """
     spec = Spec.parse(pattern)
     told, partitions = _names(spec, None, sizes, labels, names)
-    recipe, operands = _formula(spec, Options(), None, tuple(told.items())).prepare(x, mask, (), partitions)
-    differentiated = torch.is_grad_enabled() and _any_requires_grad((x, mask))
-    seen = _seen_through((x, mask)) or (differentiated and mask is not None and mask.requires_grad)
-    plan = choose(recipe, operands, differentiated=differentiated, transformed=seen, moments="asked for")
-    room: Room = ROOMS[plan.room]
-    if differentiated and not seen and plan.room != "aten":
-        found = Moments(*_Statistics.apply((recipe, room), x, mask))  # type: ignore[no-untyped-call]
-    else:
-        found = room.statistics(recipe, operands)
-    return found.outward(recipe.sets)
+    formula = _formula(spec, Options(), None, tuple(told.items()))
+    if sharded is None and process_group is None:
+        return own_moments(formula, x, mask, partitions)
+    with ranks_of(spec, sharded, process_group) as ranks:
+        return own_moments(formula, x, mask, partitions, ranks)
+
+
+def ranks_of(spec: Spec, sharded: str | Sequence[str] | None, process_group: Any) -> Ranks:
+    """The ranks that a call is made on together."""
+    if sharded is not None:
+        return Sharding(spec, sharded, process_group).ranks()
+    rule, received = "a process group is one of sharded axes", f"process_group={shown(process_group)}, sharded=None"
+    raise SpecError(say(rule, text=spec.text, received=received, instead='sharded="n", say'))
 
 
 def _formula(spec: Spec, options: Options, params: Expr | None, sizes: tuple[tuple[str, int], ...]) -> Formula:
@@ -162,6 +185,8 @@ def _names(
 
 # --- from a recipe to a kernel ---------------------------------------------------------------------------------------
 
+ALONE = Ranks([])
+
 
 def run(
     formula: Formula,
@@ -172,9 +197,23 @@ def run(
     labels: Mapping[str, Partition],
     *,
     tracked: bool = False,
+    cumulative: bool = False,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Moments | None]:
-    """The one way from arguments to a result: prepare, plan, compute. With `tracked`, x's own moments too."""
+    """The one way from arguments to a result: prepare, plan, compute. With `tracked`, the moments used, too.
+
+    With `cumulative`, the last axis of the statistics is one that they are cumulated along.
+    """
+    if cumulative and moments is None:
+        read = {name: labels[name] for name in formula.of_moments.lookups if name in labels}
+        moments = own_moments(formula.of_moments, x, mask, read, ranks).cumulative()
+    if type(x) is not Tensor and is_dtensor(x):
+        return _placed(formula, x, mask, params, moments, labels, tracked=tracked)
+    if isinstance(x, Tensor) and x.is_complex():
+        return _complex(formula, x, mask, params, moments, labels, ranks)
     recipe, operands = formula.prepare(x, mask, params, labels)
+    if ranks.groups and moments is None:
+        return _of_whole(recipe, operands, ranks, (ranks,))
     tensors: Sequence[Tensor | None] = operands
     external = None
     if moments is not None:
@@ -191,17 +230,140 @@ def run(
     if differentiated and not transformed:
         if external is not None:
             fields = (external.count, external.mean, external.m2, external.low)
-            return _Apply.apply(recipe, room, *operands, *fields), None  # type: ignore[no-untyped-call]
+            return _Apply.apply(recipe, room, *operands, *fields), moments  # type: ignore[no-untyped-call]
         if not tracked:
             return _Normalize.apply((recipe, room, False), *operands), None  # type: ignore[no-untyped-call]
         y, *kept = _Normalize.apply((recipe, room, True), *operands)  # type: ignore[no-untyped-call]
         return y, room.moments(recipe, operands, tuple(kept)).outward(recipe.sets)
     if external is not None:
-        return room.apply(recipe, operands, external), None
+        return room.apply(recipe, operands, external), moments
     if not tracked:
         return room.evaluate(recipe, operands), None
     y, kept = room.forward(recipe, operands)
     return y, room.moments(recipe, operands, kept).outward(recipe.sets)
+
+
+def own_moments(
+    formula: Formula,
+    x: Tensor,
+    mask: Tensor | None,
+    labels: Mapping[str, Partition],
+    ranks: Ranks = ALONE,
+) -> Moments:
+    """The moments of x, differentiable."""
+    if type(x) is not Tensor and is_dtensor(x):
+        from .dtensors import Placed
+
+        placed = Placed(formula, x)  # type: ignore[arg-type]
+        with placed.ranks as ranks:
+            where, here = placed.labels(labels), placed.local(mask, _mask_axes(formula))
+            m = own_moments(placed.formula, placed.x.to_local(), here, where, ranks)
+        return placed.all_moments(m)  # type: ignore[return-value]
+    if isinstance(x, Tensor) and x.is_complex():
+        formula.prepare(x, mask, (), labels)
+        return own_moments(complexes.in_parts(formula), complexes.parts(x), mask, labels, ranks).joined()
+    recipe, operands = formula.prepare(x, mask, (), labels)
+    differentiated = torch.is_grad_enabled() and _any_requires_grad((x, mask))
+    if ranks.groups:
+        ranks.agree(recipe, differentiated=differentiated, needed=differentiated)
+    seen = _seen_through((x, mask)) or (differentiated and mask is not None and mask.requires_grad)
+    plan = choose(recipe, operands, differentiated=differentiated, transformed=seen, moments="asked for")
+    room: Room = ROOMS[plan.room]
+    if differentiated and not seen and plan.room != "aten":
+        found = Moments(*_Statistics.apply((recipe, room), x, mask))  # type: ignore[no-untyped-call]
+    else:
+        found = room.statistics(recipe, operands)
+    if ranks.groups:
+        found = ranks.moments(_expanded(recipe, found))
+    return found.outward(recipe.sets)
+
+
+# --- sets that go on elsewhere ---------------------------------------------------------------------------------------
+
+
+def _of_whole(recipe: Recipe, operands: Operands, ranks: Ranks, wholes: Sequence[Whole]) -> tuple[Tensor, Moments]:
+    """y and the moments, of sets of which a part lies in x."""
+    differentiated = torch.is_grad_enabled() and _any_requires_grad(operands)
+    needed = differentiated and _any_requires_grad(operands[:2])
+    needed = ranks.agree(recipe, differentiated=differentiated, needed=needed)
+    # Of weights, the kernels know the derivative of a variance that is theirs alone.
+    shared = wholes[-1] is not ranks and operands.mask is not None and operands.mask.requires_grad
+    transformed = _seen_through(operands) or (differentiated and shared)
+    plan = choose(recipe, operands, differentiated=differentiated, transformed=transformed, moments="asked for")
+    room: Room = ROOMS[plan.room]
+    if differentiated and not transformed:
+        y, *fields = _OfWhole.apply((recipe, room, wholes, needed), *operands)  # type: ignore[no-untyped-call]
+        return y, Moments(*fields).outward(recipe.sets)
+    m = _merged(recipe, room.statistics(recipe, operands), wholes)
+    return room.apply(recipe, operands, m), m.outward(recipe.sets)
+
+
+def _merged(recipe: Recipe, m: Moments, wholes: Sequence[Whole]) -> Moments:
+    m = _expanded(recipe, m)
+    for whole in wholes:
+        m = whole.moments(m)
+    return m
+
+
+def _expanded(recipe: Recipe, m: Moments) -> Moments:
+    return each(lambda t: t.expand(recipe.sets.internal_shape), m)
+
+
+def _complex(
+    formula: Formula,
+    x: Tensor,
+    mask: Tensor | None,
+    params: Sequence[Param],
+    moments: Moments | None,
+    labels: Mapping[str, Partition],
+    ranks: Ranks,
+) -> tuple[Tensor, Moments | None]:
+    """Of real and imaginary part, which share a variance; then weight and bias, which may be complex."""
+    recipe, operands = formula.prepare(x, mask, params, labels)
+    halves = complexes.in_parts(formula)
+    inner, of_parts = halves.prepare(complexes.parts(x), mask, (), labels)
+    if moments is None:
+        both: Whole = complexes.BothParts()
+        wholes = (ranks, both) if ranks.groups else (both,)
+        y, used = _of_whole(inner, of_parts, ranks, wholes)
+    else:
+        moments.check()
+        used = complexes.BothParts().moments(moments.parts())
+        y, _ = run(halves, of_parts.x, mask, (), used, labels)
+    y = torch.view_as_complex(y)
+    return aten.affine_only(recipe, operands, y), used.joined() if moments is None else moments
+
+
+def _placed(
+    formula: Formula,
+    x: Any,
+    mask: Tensor | None,
+    params: Sequence[Param],
+    moments: Moments | None,
+    labels: Mapping[str, Partition],
+    *,
+    tracked: bool,
+) -> tuple[Tensor, Moments | None]:
+    """Of a DTensor: what lies here, with the ranks that sets go on over."""
+    from .dtensors import Placed
+
+    placed = Placed(formula, x)
+    with placed.ranks as ranks:
+        y, used = run(
+            placed.formula,
+            placed.x.to_local(),
+            placed.local(mask, _mask_axes(formula)),
+            placed.params(params),
+            placed.moments(moments),
+            placed.labels(labels),
+            tracked=tracked,
+            ranks=ranks,
+        )
+    return placed.result(y), placed.all_moments(used) if tracked and moments is None else moments
+
+
+def _mask_axes(formula: Formula) -> Sequence[Element]:
+    return () if formula.spec.mask is None else formula.spec.mask.elements
 
 
 def _compiling() -> bool:
@@ -273,6 +435,36 @@ class _Normalize(torch.autograd.Function):
             return (None, *room.backward(recipe, operands, kept, dy, of_mask=needs[2]))
         sums = room.backward_sums(recipe, operands, room.moments(recipe, operands, kept), dy)
         return (None, None, None, sums.weight, sums.bias)
+
+
+class _OfWhole(torch.autograd.Function):
+    """y and the moments of sets of which a part lies in x: what is merged comes between the passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, how: tuple[Recipe, Room, Sequence[Whole], bool], *operands: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        recipe, room, wholes, _ = ctx.how = how
+        given = Operands(*operands)  # type: ignore[arg-type]
+        m = _merged(recipe, room.statistics(recipe, given), wholes)
+        fields = (m.count, m.mean, m.m2, *([] if m.low is None else [m.low]))
+        ctx.save_for_backward(*operands, *fields)
+        ctx.mark_non_differentiable(*fields)
+        return room.apply(recipe, given, m), *fields
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        recipe, room, wholes, needed = ctx.how
+        saved = ctx.saved_tensors
+        operands, m = Operands(*saved[:4]), Moments(*saved[4:])
+        if torch.is_grad_enabled() or _seen_through((dy, saved[0])):  # differentiated again: by the composition
+            room, m = aten, _merged(recipe, aten.statistics(recipe, operands), wholes)
+        sums = room.backward_sums(recipe, operands, m, dy)
+        if not needed:
+            return (None, None, None, sums.weight, sums.bias)
+        for whole in wholes:  # on every rank, if any needs it
+            sums = whole.sums(sums)
+        return (None, *room.backward_dx(recipe, operands, m, dy, sums), sums.weight, sums.bias)
 
 
 class _Statistics(torch.autograd.Function):

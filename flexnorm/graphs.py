@@ -157,7 +157,7 @@ class _OfGraphs(Norm):
 
     def _apply_norm(self, x: Tensor, graphs: Partition, own: Moments | None = None) -> Tensor:
         # Not Norm.forward, which would look for given labels a second time.
-        return self._normalize(x, None, None, None, own, {"batch": graphs})
+        return self._normalize(x, None, None, None, own, {"batch": graphs})[0]
 
 
 def _read(x: Tensor, batch: Any, count: int | None, name: str, told: str) -> Partition:
@@ -357,7 +357,7 @@ class FeatureGroupNorm(_OfGraphs):
             groups = self._graphs(x, batch, batch_size, also="groups")
         else:
             self._check_recomputation(False)
-        return self._normalize(x, None, None, None, None, {"groups": groups})
+        return self._normalize(x, None, None, None, None, {"groups": groups})[0]
 
 
 # --- PyG's own -------------------------------------------------------------------------------------------------------
@@ -432,6 +432,8 @@ class InstanceNorm(_OfGraphs, pyg.InstanceNorm):
     Source: Ulyanov et al., "Instance Normalization: The Missing Ingredient for Fast Stylization", 2016.
     """
 
+    _evaluates_unseen = True
+
     def __init__(
         self,
         in_channels: int,
@@ -469,20 +471,21 @@ class InstanceNorm(_OfGraphs, pyg.InstanceNorm):
             affine="c" if self.affine else None,
             eps=self.eps,
         )
-        if self.running_mean is not None and self.running_var is not None:
-            running = Moments(torch.ones_like(self.running_mean), self.running_mean, self.running_var)
-            self._track(running, _mean(x, graphs))
+        if self.running_mean is not None:
+            self._track(*_of_graphs(x, graphs))
         return y
+
+    def _values(self, *seen: Moments) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        means, variances = seen
+        return (means.mean, means.count > 0), (variances.mean, variances.count > 0)
 
 
 @torch.no_grad()
-def _mean(x: Tensor, graphs: Partition) -> Moments:
-    """The averages over graphs of their means and unbiased variances, as far as they are known."""
+def _of_graphs(x: Tensor, graphs: Partition) -> tuple[Moments, Moments]:
+    """The moments, over graphs, of their means and of their unbiased variances, as far as they are known."""
     each = moments(x, "v c -> batch[v] c", batch=graphs)
     var, known = each.unbiased_var()
-    means = moments(each.mean, "b c, b c -> c", each.count > 0)
-    variances = moments(var, "b c, b c -> c", known)
-    return Moments(variances.count.clamp(max=1).to(var.dtype), means.mean, variances.mean)
+    return moments(each.mean, "b c, b c -> c", each.count > 0), moments(var, "b c, b c -> c", known)
 
 
 class LayerNorm(_OfGraphs, pyg.LayerNorm):
@@ -691,6 +694,8 @@ class BatchNorm(pyg.BatchNorm):
 class _BatchNorm1d(Norm, nn.BatchNorm1d):
     """What PyG keeps under the name `module`."""
 
+    _evaluates_unseen = True
+
     def __init__(
         self,
         num_features: int,
@@ -807,6 +812,8 @@ class HeteroBatchNorm(Norm, pyg.HeteroBatchNorm):
 
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
+
+    _evaluates_unseen = True
 
     def __init__(
         self,

@@ -148,7 +148,7 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
         return super().forward(input, mask, moments=moments)
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> tuple[Tensor, Moments | None]:
         if x.dim() > 1 and x.shape[1] != self.num_channels:
             turned = ", or x.movedim(-1, 1)" if x.shape[-1] == self.num_channels else ""
             raise ShapeError(

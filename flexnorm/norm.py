@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import Formula, Label, Options, Param, as_partition, check_eps, label_names, sort_names
+from .arguments import Formula, Label, Options, Param, as_partition, check_eps, label_names, sort_names, spec_along
 from .axes import solve
 from .context import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
-from .functional import run
+from .functional import ALONE, own_moments, run
 from .partition import Partition, readable, whole
+from .ranks import Ranks, Sharding
 from .spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
-from .statistics import Moments
+from .statistics import Moments, each
 
 
 class Norm(nn.Module):
@@ -37,7 +38,14 @@ class Norm(nn.Module):
         activation: "relu", "silu" or "gelu", applied to the result.
         track_running_stats: keep running means and (unbiased) variances of the sets while training, and use them in
             evaluation, as `nn.BatchNorm2d` does. All axes and labels of the statistics need a size.
-        momentum: weight of the new value in the running statistics; None: the average of all batches.
+        momentum: weight of the new value in the running statistics; None: the average of all batches. Where labels
+            name sets, `num_batches_tracked` then is that of each set.
+        cumulative: a pooled axis, as time: every place along it is normalized by the statistics up to and with it, so
+            that nothing depends on what comes later. `step` does the same chunk by chunk.
+        sharded: axes of x, `"n"`, that are spread over the ranks of a process group: where they are pooled, moments are
+            merged across ranks. All ranks make every call; ids of labels are global.
+        process_group: of `torch.distributed`; None is the default one, at the first call. Copies and pickles leave
+            it out.
         sizes: sizes of axes and compositions, for those that cannot be keywords: `{"(g c)": 256}`.
         labels: as keywords, for names that options have.
         device, dtype: of the parameters.
@@ -48,7 +56,8 @@ class Norm(nn.Module):
     Shapes: x has the axes of the pattern's left side; the result has x's shape, dtype and memory format.
 
     Raises:
-        SpecError: the pattern, a name or an option means nothing, or a size that `affine` needs is missing.
+        SpecError: the pattern, a name or an option means nothing, or a size that `affine` needs is missing. When it is
+            called: it evaluates by running statistics, and has none.
 
     >>> norm = Norm("n (g c) ... -> n g", affine="(g c)", g=4, sizes={"(g c)": 16})
     >>> norm
@@ -78,6 +87,9 @@ class Norm(nn.Module):
         activation: str | None = None,
         track_running_stats: bool = False,
         momentum: float | None = 0.1,
+        cumulative: str | None = None,
+        sharded: str | Sequence[str] | None = None,
+        process_group: Any = None,
         sizes: Mapping[str, int] | None = None,
         labels: Mapping[str, int | Label] | None = None,
         device: torch.device | str | None = None,
@@ -116,8 +128,12 @@ class Norm(nn.Module):
             self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             if bias:
                 self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self._cumulative = cumulative
+        self._sharding = None if sharded is None else Sharding(self._spec, sharded, process_group)
+        self._check_combination(track_running_stats, process_group)
         exprs = [expr for expr in (self._affine, self._conditional) if expr is not None]
-        self._formula = Formula(self._spec, self._options, exprs, self._sizes)
+        spec = self._spec if cumulative is None else spec_along(self._spec, cumulative)
+        self._formula = Formula(spec, self._options, exprs, self._sizes)
         self._was_given = False
         self.momentum = _checked(momentum)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
@@ -127,7 +143,8 @@ class Norm(nn.Module):
             shape = self._fixed_shape(self._spec.sets, "running statistics")
             self.running_mean = torch.empty(shape, device=device, dtype=dtype)
             self.running_var = torch.empty(shape, device=device, dtype=dtype)
-            self.num_batches_tracked = torch.empty((), device=device, dtype=torch.int64)
+            per_set = momentum is None and any(True for _ in self._spec.sets.lookups())
+            self.num_batches_tracked = torch.empty(shape if per_set else (), device=device, dtype=torch.int64)
         self.reset_parameters()
 
     def reset_running_stats(self) -> None:
@@ -147,6 +164,7 @@ class Norm(nn.Module):
             for name, partition in self._static.items():
                 self.get_buffer(_buffer(name)).copy_(partition.ids)
 
+    @overload
     def forward(
         self,
         x: Tensor,
@@ -155,9 +173,37 @@ class Norm(nn.Module):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         moments: Moments | None = None,
+        return_moments: Literal[False] = False,
         labels: Mapping[str, Label] | None = None,
         **names: Label,
-    ) -> Tensor:
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        moments: Moments | None = None,
+        return_moments: Literal[True],
+        labels: Mapping[str, Label] | None = None,
+        **names: Label,
+    ) -> tuple[Tensor, Moments]: ...
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        moments: Moments | None = None,
+        return_moments: bool = False,
+        labels: Mapping[str, Label] | None = None,
+        **names: Label,
+    ) -> Any:
         """Normalizes x.
 
         Args:
@@ -165,11 +211,14 @@ class Norm(nn.Module):
             mask: bool (membership) or floating (weights), over the axes behind the comma.
             weight, bias: over the axes of `conditional`, applied after the learned ones.
             moments: statistics to use instead of x's own.
+            return_moments: return the result and the `Moments` that it was normalized by, and update nothing:
+                training as a function, for `torch.func`. `updated` says what becomes of the running statistics.
             labels, **names: the labels that are no part of the layer.
         """
         dynamic: dict[str, Label] = names if labels is None else self._both(names, labels)
         if not (something_given() or self._was_given):
-            return self._normalize(x, mask, weight, bias, moments, dynamic)
+            y, used = self._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
+            return (y, used) if return_moments else y
         around = given_here()
         from_around: list[str] = []
         if around:
@@ -182,11 +231,12 @@ class Norm(nn.Module):
                     from_around.append(name)
         self._check_recomputation(bool(from_around))
         try:
-            return self._normalize(x, mask, weight, bias, moments, dynamic)
+            y, used = self._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
         except (SpecError, ShapeError) as error:
             if not around:
                 raise
             raise type(error)(f"{error}\n  in:       {self}, inside of given({', '.join(around)})") from None
+        return (y, used) if return_moments else y
 
     def _both(self, names: Mapping[str, Label], labels: Mapping[str, Label]) -> dict[str, Label]:
         for name in names:
@@ -205,36 +255,223 @@ class Norm(nn.Module):
         bias: Tensor | None,
         moments: Moments | None,
         dynamic: Mapping[str, Any],
-    ) -> Tensor:
+        return_moments: bool = False,
+    ) -> tuple[Tensor, Moments | None]:
+        """The result, and with `return_moments` the moments; otherwise these may run on."""
+        mean, var = self._buffers.get("running_mean"), self._buffers.get("running_var")
+        running = None
+        if moments is None and mean is not None and var is not None:
+            running = Moments(torch.ones_like(mean), mean, var)
+            if not self.training:
+                self._check_seen(mean, var)
+                moments = running
         partitions = self.labels if self._static else {}
+        tracked = return_moments or (self.training and running is not None)
+        ranks = ALONE if self._sharding is None or moments is not None else self._ranks()
+        if ranks is ALONE:
+            y, used = self._run(x, mask, weight, bias, moments, dynamic, partitions, tracked, ranks)
+        else:
+            with ranks:
+                y, used = self._run(x, mask, weight, bias, moments, dynamic, partitions, tracked, ranks)
+        if tracked and not return_moments and used is not None:
+            self._track(used)
+        return y, used
+
+    def _run(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        moments: Moments | None,
+        dynamic: Mapping[str, Any],
+        partitions: dict[str, Partition],
+        tracked: bool,
+        ranks: Ranks,
+    ) -> tuple[Tensor, Moments | None]:
         for name, value in dynamic.items():
             if name not in self._lookups or name in self._static:
                 raise self._refused(name, value)
             partitions[name] = self._as_partition(name, value, self._counts.get(name))
         params = self._params(weight, bias)
-        running = None
-        mean, var = self._buffers.get("running_mean"), self._buffers.get("running_var")
-        if moments is None and mean is not None and var is not None:
-            running = Moments(torch.ones_like(mean), mean, var)
         formula = self._formula
         if self.eps != formula.options.eps:  # somebody set it anew
             options = replace(self._options, eps=self.eps)
-            formula = self._formula = Formula(self._spec, options, formula.affines, self._sizes)
-        used = moments if self.training or running is None else running
-        tracked = self.training and running is not None
-        y, own = run(formula, x, mask, params, used, partitions, tracked=tracked)
-        if own is not None and running is not None:
-            self._track(running, own)
-        return y
+            formula = self._formula = Formula(formula.spec, options, formula.affines, self._sizes)
+        along = self._cumulative is not None
+        return run(formula, x, mask, params, moments, partitions, tracked=tracked, cumulative=along, ranks=ranks)
+
+    # --- many machines
+
+    def _ranks(self) -> Ranks:
+        assert self._sharding is not None
+        return self._sharding.ranks()
+
+    @property
+    def process_group(self) -> Any:
+        """That of the sharded axes; None is the default one."""
+        return None if self._sharding is None else self._sharding.process_group
+
+    @process_group.setter
+    def process_group(self, group: Any) -> None:
+        if self._sharding is None:
+            rule, received = "a process group is one of sharded axes", f"{self}, without sharded="
+            raise SpecError(say(rule, received=received, instead='Norm(..., sharded="n", process_group=group)'))
+        self._sharding = Sharding(self._spec, self._sharding.names, group)
+
+    def _check_combination(self, track_running_stats: bool, process_group: Any) -> None:
+        """Options that exclude each other."""
+        rule = None
+        names = () if self._sharding is None else self._sharding.names
+        if process_group is not None and self._sharding is None:
+            rule, instead = "a process group is one of sharded axes", 'sharded="n", say'
+        elif self._cumulative in names:
+            rule, instead = "what is cumulated along an axis has all of it on one rank", "another axis in sharded="
+        elif self._cumulative is not None and track_running_stats:
+            rule = "cumulated statistics are those of x itself, and none run on from batch to batch"
+            instead = "cumulative= or track_running_stats=True"
+        if rule is not None:
+            received = f"cumulative={self._cumulative!r}, sharded={names}, process_group={shown(process_group)}, "
+            received += f"track_running_stats={track_running_stats}"
+            raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
+
+    # --- streams
+
+    def step(
+        self,
+        x: Tensor,
+        state: Sequence[Tensor] | None = None,
+        mask: Tensor | None = None,
+        *,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        labels: Mapping[str, Label] | None = None,
+        **names: Label,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Normalizes the next chunk of a stream, by the statistics of all that came before, up to each place.
+
+        The layer is built with `cumulative="t"`. Chunks have any length along that axis, and give what the whole gives.
+
+        Args:
+            x: the next chunk.
+            state: what the step before returned: count, mean, M2 and low of every set. None, or zeros, at first.
+            mask, weight, bias, labels, **names: as in `forward`, of this chunk.
+
+        Returns:
+            The chunk normalized, and the state for the next step: tensors of the shape that the pattern's right side
+            says. Gradients flow through it; `tuple(t.detach() for t in state)` ends that.
+
+        Raises:
+            SpecError: the layer is not cumulative, or the state is none.
+
+        >>> norm = Norm("b c t -> b c", cumulative="t")
+        >>> x = torch.randn(2, 3, 10)
+        >>> first, state = norm.step(x[..., :4])
+        >>> second, state = norm.step(x[..., 4:], state)
+        >>> torch.allclose(torch.cat([first, second], -1), norm(x), atol=1e-5)
+        True
+        """
+        if self._cumulative is None:
+            rule, instead = "a layer that takes steps knows the axis they go along", 'Norm(..., cumulative="t")'
+            raise SpecError(say(rule, text=self._spec.text, received=f"{self}", instead=instead))
+        if state is not None and not (len(state) == 4 and all(isinstance(t, Tensor) for t in state)):
+            received, instead = f"state={shown(state)}", "the second of what norm.step(x) returned"
+            raise SpecError(say("a state is that of an earlier step: four tensors", received=received, instead=instead))
+        dynamic = names if labels is None else self._both(names, labels)
+        partitions = self.labels if self._static else {}
+        read = {name: self._as_partition(name, value, self._counts.get(name)) for name, value in dynamic.items()}
+        m = own_moments(self._formula.of_moments, x, mask, {**partitions, **read})
+        past = each(lambda t: torch.zeros_like(t[..., 0]), m) if state is None else Moments(*state)
+        past.check()
+        if past.mean.shape != m.mean.shape[:-1]:
+            raise ShapeError(
+                say(
+                    f"the state is one of these sets: shape {tuple(m.mean.shape[:-1])}",
+                    text=self._spec.text,
+                    received=f"a state of shape {tuple(past.mean.shape)}",
+                    instead="the state of the same stream; None for the first chunk of another",
+                )
+            )
+        until = each(lambda before, new: torch.cat([before[..., None].to(new.dtype), new], -1), past, m).cumulative()
+        y, _ = self._normalize(x, mask, weight, bias, each(lambda t: t[..., 1:], until), dynamic)
+        new = each(lambda t: t[..., -1], until)
+        assert new.low is not None
+        return y, (new.count, new.mean, new.m2, new.low)
+
+    # --- running statistics
+
+    _collected: tuple[Moments, ...] | None = None  # while `calibrate` goes through the batches
+    _evaluates_unseen = False  # as the layers of others do, which begin with mean 0 and variance 1
+
+    def updated(self, seen: Moments) -> dict[str, Tensor]:
+        """The running statistics, as buffers, after a batch of these moments. Nothing is changed.
+
+        >>> norm = Norm("n c -> c", c=3, track_running_stats=True)
+        >>> y, seen = norm(torch.randn(8, 3), return_moments=True)
+        >>> list(norm.updated(seen))
+        ['running_mean', 'running_var', 'num_batches_tracked']
+        """
+        return self._updated(seen)
+
+    def _updated(self, *seen: Moments) -> dict[str, Tensor]:
+        """Towards what this batch has, where it is known: empty sets, and variances of one element, stay."""
+        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean is None or var is None or batches is None:
+            rule, instead = "a layer that keeps running statistics is built so", "Norm(..., track_running_stats=True)"
+            raise SpecError(say(rule, received=f"{self}", instead=instead))
+        values = self._values(*seen)
+        counted = values[0 if self.momentum is not None else 1][1]
+        batches = batches + (counted if batches.dim() else counted.any())  # a batch of nothing is none
+        moved = []
+        for old, (value, known) in zip((mean, var), values, strict=True):
+            weight = self.momentum if self.momentum is not None else batches.clamp(min=1).to(old.dtype).reciprocal()
+            moved.append(torch.lerp(old, value.to(old.dtype), weight).where(known, old))
+        return {"running_mean": moved[0], "running_var": moved[1], "num_batches_tracked": batches}
+
+    def _values(self, *seen: Moments) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """What runs on, mean and variance, and where it is known."""
+        (m,) = seen
+        return (m.mean, m.count > 0), m.unbiased_var()
 
     @torch.no_grad()
-    def _track(self, running: Moments, new: Moments) -> None:
-        """Moves the running statistics towards those of this batch; empty sets, and variances of one element, stay."""
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_((new.count > 0).any())  # a batch of nothing is none
-        momentum = 1 / max(float(self.num_batches_tracked), 1.0) if self.momentum is None else self.momentum
-        for old, value, known in ((running.mean, new.mean, new.count > 0), (running.m2, *new.unbiased_var())):
-            old.copy_(old.lerp(value.to(old.dtype), momentum).where(known, old))
+    def _track(self, *seen: Moments) -> None:
+        if self._collected is not None:
+            wide = [m.rounded(torch.float64) for m in seen]
+            pairs = zip(self._collected, wide, strict=True)
+            self._collected = tuple(a.merge(b) for a, b in pairs) if self._collected else tuple(wide)
+            return
+        self._set(self._updated(*seen))
+
+    def _set(self, buffers: Mapping[str, Tensor]) -> None:
+        try:
+            for name, value in buffers.items():
+                self.get_buffer(name).copy_(value)
+        except RuntimeError as error:
+            if not torch._C._are_functorch_transforms_active():
+                raise
+            raise RuntimeError(
+                say(
+                    "torch.func changes nothing in place, so running statistics cannot be updated within",
+                    received=f"{self}, in training",
+                    instead="y, seen = norm(x, return_moments=True), then norm.updated(seen); or norm.eval()",
+                )
+            ) from error
+
+    def _check_seen(self, mean: Tensor, var: Tensor) -> None:
+        """Raises where running statistics are what they were at first. No device is waited for."""
+        batches = self.num_batches_tracked
+        if self._evaluates_unseen or batches is None or batches.device.type != "cpu" or not readable(batches):
+            return
+        if not batches.any() and not mean.any() and bool((var == 1).all()):
+            raise SpecError(
+                say(
+                    "a layer evaluates by its running statistics, and these have seen no batch",
+                    text=self._spec.text,
+                    received=f"{self}, in evaluation",
+                    instead="norm.train() and some batches, calibrate(model, batches), load_state_dict(...), or "
+                    "norm.num_batches_tracked.fill_(1), if mean 0 and variance 1 are meant",
+                )
+            )
 
     # --- parameters
 
@@ -375,6 +612,8 @@ class Norm(nn.Module):
         said += [f"{name}={self._static.get(name, count)}" for name, count in self._counts.items()]
         said += [f"{name}='{expr}'" for name, expr in self._exprs() if expr is not None]
         said += [f"{name}={list(p.shape)}" for name, p in self.named_parameters(recurse=False)]
+        said += [f"cumulative={self._cumulative!r}"] if self._cumulative is not None else []
+        said += [f"sharded={' '.join(self._sharding.names)!r}"] if self._sharding is not None else []
         if self.track_running_stats:
             said.append(f"momentum={self.momentum}, track_running_stats=True")
         defaults = Options()
@@ -386,6 +625,67 @@ class Norm(nn.Module):
 
     def _exprs(self) -> list[tuple[str, Expr | None]]:
         return [("affine", self._affine), ("conditional", self._conditional)]
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+) -> nn.Module:
+    """Sets the running statistics of all norms in a model to those of all batches together: merged, not averaged.
+
+    Norms normalize by each batch as in training, everything else is in evaluation; modes are as before at the end. If
+    something raises on the way, no statistic has changed.
+
+    Args:
+        model: with `Norm` layers that have `track_running_stats=True`.
+        batches: what `model(batch)` takes; of a list or a tuple, the first. An epoch of a `DataLoader`, say.
+        forward: how the model is called, `forward(model, batch)`, if not so.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpecError: no norm in the model has running statistics, or none of them saw an element.
+
+    >>> model = nn.Sequential(nn.Linear(4, 3), Norm("n c -> c", c=3, track_running_stats=True))
+    >>> x = torch.randn(100, 4)
+    >>> model = calibrate(model, x.split(30))
+    >>> torch.allclose(model[1].running_var, model[0](x).var(0), rtol=1e-4)
+    True
+    """
+    norms = [m for m in model.modules() if isinstance(m, Norm) and m.track_running_stats]
+    if not norms:
+        received, instead = shown(type(model).__name__), "torch.optim.swa_utils.update_bn, for layers of torch.nn"
+        raise SpecError(say("norms with running statistics are calibrated", received=received, instead=instead))
+    modes = [(module, module.training) for module in model.modules()]
+    seen = 0
+    try:
+        model.eval()
+        for norm in norms:
+            norm.training, norm._collected = True, ()
+        for batch in batches:
+            if forward is not None:
+                forward(model, batch)
+            else:
+                model(batch[0] if isinstance(batch, (list, tuple)) else batch)
+            seen += 1
+        collected = [(norm, norm._collected) for norm in norms if norm._collected]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for norm in norms:
+            norm._collected = None
+    if not collected:
+        received = f"{seen} batches, in which no norm was called"
+        raise SpecError(say("statistics are those of batches", received=received, instead="batches that hold some"))
+    for norm, moments in collected:
+        (mean, known), (var, known_var) = norm._values(*moments)
+        for buffer, value, where in ((norm.running_mean, mean, known), (norm.running_var, var, known_var)):
+            assert buffer is not None
+            buffer.copy_(value.to(buffer.dtype).where(where, buffer))
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.fill_(seen)
+    return model
 
 
 def _checked(momentum: float | None) -> float | None:

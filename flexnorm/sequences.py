@@ -14,6 +14,7 @@ from .errors import ShapeError, SpecError, as_int, say, shown
 from .functional import normalize
 from .norm import Norm
 from .partition import Partition, readable
+from .statistics import Moments
 
 __all__ = ["SequenceGroupNorm", "TokenGroupNorm", "as_mask", "frame_lengths"]
 
@@ -333,7 +334,7 @@ class _OfSequences(Norm, nn.GroupNorm):
         segments = _segments(cu_seqlens, x.shape[0], x.device)
         return self._of_rows(x, segments, as_mask(mask, None, key_padding_mask, batch=(), time=x.shape[0]))
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> tuple[Tensor, Moments | None]:
         """As in `Norm`; a mask from around has not been looked at before."""
         if mask is None and x.numel() == self.num_groups:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")

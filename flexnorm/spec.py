@@ -17,8 +17,8 @@ from functools import cached_property, lru_cache
 from .errors import Span, SpecError, nearest, say, shown
 
 RESERVED = frozenset(
-    "activation affine bias center conditional device dtype eps input labels mask moments momentum pattern "
-    "process_group scale self sharded sizes track_running_stats weight x".split()
+    "activation affine bias center conditional cumulative device dtype eps input labels mask moments momentum pattern "
+    "process_group return_moments scale self sharded sizes state track_running_stats weight x".split()
 )
 """The names that options have. An axis or a label may bear one too, but its size or its ids are then given by
 `sizes={...}` or `labels={...}`, as the keyword is the option."""
@@ -193,6 +193,19 @@ class Spec:
                 )
             )
         return _read_parameter(self, text, option)
+
+    def keeping(self, name: str) -> Spec:
+        """The same with one more axis of the statistics, the last: `"b c t -> b c"` keeping t is `"b c t -> b c t"`."""
+        return _parse(f"{self} {name}")
+
+    def in_parts(self) -> Spec:
+        """The same for the real and imaginary parts of x, which are one more axis of x and of the statistics."""
+        taken = {axis.name for axis in self.x.axes()} | {lookup.label for lookup in self.sets.lookups()}
+        name = "part"
+        while name in taken:
+            name += "s"
+        mask = "" if self.mask is None else f", {self.mask}"
+        return _parse(f"{self.x} {name}{mask} -> {self.sets} {name}")
 
     def read_composition(self, text: str) -> Group | Axis | None:
         """The composition of the left side that `text` names, as in `sizes={"(g c)": 64}`; None if there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -283,7 +283,7 @@ class MelBandNorm(Norm):
         _check(x, self._sizes["f"])
         return super().forward(x, _frames(x, lengths, mask), moments=moments)
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> Tensor:
+    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> tuple[Tensor, Moments | None]:
         # not in forward: a mask may be given from around
         return super()._normalize(x, _frames(x, None, mask), *others)
 
@@ -343,7 +343,8 @@ class CepstralNorm(Norm):
             rule, instead = "fixed statistics need the number of features when the layer is built", "num_features=80"
             raise SpecError(say(rule, received="num_features=None", instead=instead))
         sizes = {} if num_features is None else {"f": whole(num_features, "num_features", 1)}
-        super().__init__(_MODES[mode], scale=scale, eps=eps, sizes=sizes)
+        along = "t" if mode == "cumulative" else None
+        super().__init__(_MODES[mode], scale=scale, eps=eps, sizes=sizes, cumulative=along)
         self.mode, self.num_features = mode, num_features
         if mode == "fixed":
             self.running_mean = torch.empty(sizes["f"], device=device, dtype=dtype)
@@ -414,13 +415,12 @@ class CepstralNorm(Norm):
         bias: Tensor | None,
         moments: Moments | None,
         dynamic: Mapping[str, Any],
-    ) -> Tensor:
+        return_moments: bool = False,
+    ) -> tuple[Tensor, Moments | None]:
         mask = _frames(x, None, mask)  # not in forward alone: a mask may be given from around
-        if self.mode == "cumulative":
-            moments = _cumulative(moments_of(x, _MODES["cumulative"], mask))
-        elif self.mode == "fixed":
+        if self.mode == "fixed":
             moments = self._fitted()
-        return super()._normalize(x, mask, weight, bias, moments, dynamic)
+        return super()._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
 
     def _fitted(self) -> Moments:
         mean, var = self.running_mean, self.running_var
@@ -438,35 +438,9 @@ class CepstralNorm(Norm):
 
 _MODES = {
     "utterance": "n ... f t, n t -> n ... f",
-    "cumulative": "n ... f t, n t -> n ... f t",
+    "cumulative": "n ... f t, n t -> n ... f",
     "fixed": "n ... f t, n t -> f",
 }
-
-
-def _cumulative(m: Moments) -> Moments:
-    """The moments up to each place of the last axis, from those of each place: 2 T merges, 2 log2(T) one after another.
-
-    Pairs are merged, and up to the end of each pair the moments follow from those of the pairs; up to its first place
-    they are one merge away.
-    """
-    size = m.count.shape[-1]
-    if size < 2:
-        return m
-    pairs = _each(m, lambda t: t[..., :-1:2]).merge(_each(m, lambda t: t[..., 1::2]))
-    odd = _cumulative(pairs)  # up to 1, 3, 5, ...
-    even = _each(odd, lambda t: t[..., : (size - 1) // 2]).merge(_each(m, lambda t: t[..., 2::2]))  # up to 2, 4, ...
-
-    def woven(first: Tensor, odd: Tensor, even: Tensor) -> Tensor:
-        even, last = torch.cat([first[..., :1], even], -1), odd.shape[-1]
-        return torch.cat([torch.stack([even[..., :last], odd], -1).flatten(-2), even[..., last:]], -1)
-
-    return _each(m, woven, odd, even)
-
-
-def _each(m: Moments, f: Callable[..., Tensor], *others: Moments) -> Moments:
-    """Every field of the moments, changed alike."""
-    fields = [(t.count, t.mean, t.m2, torch.zeros_like(t.mean) if t.low is None else t.low) for t in (m, *others)]
-    return Moments(*(f(*tensors) for tensors in zip(*fields, strict=True)))
 
 
 # --- what comes in ---------------------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import collectives
 from .axes import Sizes, bind, check_operand, check_shape
 from .errors import ShapeError, SpecError, say, shown
 from .partition import Partition
@@ -24,8 +26,9 @@ class Moments:
     Args:
         count: elements of every set (int64), or their total weight (floating). Every field has the same shape, one
             axis for each axis of the statistics.
-        mean: mean of every set, 0 for empty ones, in float32 or wider.
-        m2: sum of squared differences from the mean; the biased variance is m2 / count.
+        mean: mean of every set, 0 for empty ones, in float32 or wider; complex, if x is.
+        m2: sum of squared differences from the mean, of their absolute values if x is complex; the biased variance is
+            m2 / count.
         low: what the mean lost when it was rounded: `mean + low` is the mean to twice the precision.
 
     >>> m = Moments(torch.tensor(3), torch.tensor(2.0), torch.tensor(2.0))
@@ -90,13 +93,50 @@ class Moments:
                     instead='coarsen the finer one first: m.coarsen("n c -> c")',
                 )
             )
-        pairs = Moments(
-            torch.stack([self.count, other.count]),
-            torch.stack([self.mean, other.mean]),
-            torch.stack([self.m2, other.m2]),
-            torch.stack([self._low, other._low]),
-        )
-        return pairs.coarsen("part ... -> ...")
+        return each(lambda a, b: torch.stack([a, b]), self, other).coarsen("part ... -> ...")
+
+    def all_reduce(self, process_group: Any = None) -> Moments:
+        """The moments of the union of each set with its counterparts on all other ranks, merged in their order.
+
+        Differentiable: the loss is then the sum of the losses of all ranks.
+
+        Args:
+            process_group: of `torch.distributed`; None is the default one.
+
+        Raises:
+            RuntimeError: there is no process group, or another rank has failed.
+            ShapeError: ranks have moments of different shapes. All of them raise.
+        """
+        self.check()
+        group = collectives.group_of(process_group)
+        what = f"moments of {self.mean.dtype}, shape {tuple(self.mean.shape)}"
+        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (self.count, self.mean, self.m2))
+        collectives.agree([group], what, differentiated=differentiated, needed=differentiated)
+        return self.gathered(group)
+
+    def gathered(self, group: Any) -> Moments:
+        """`all_reduce`, where it is known that the ranks go on together. What travels is in float64."""
+        if self.mean.is_complex():
+            return self.parts().gathered(group).joined()
+        packed = torch.stack([t.double() for t in (self.count, self.mean, self.m2, self._low)], -1)
+        every = collectives.gather(packed, group)
+        merged = Moments(*every.unbind(-1)).coarsen("rank ... -> ...").rounded(self.mean.dtype)
+        return Moments(merged.count.to(self.count.dtype), merged.mean, merged.m2, merged.low)
+
+    def cumulative(self, axis: int = -1) -> Moments:
+        """Along an axis, the moments of all sets up to and with each place.
+
+        They depend, to the last bit, on nothing that comes later. 2 n merges, 2 log2(n) one after another.
+
+        >>> Moments(torch.tensor([1, 1, 1]), torch.tensor([0.0, 2.0, 4.0]), torch.zeros(3)).cumulative()
+        Moments(count=tensor([1, 2, 3]), mean=tensor([0., 1., 2.]), m2=tensor([0., 2., 8.]))
+        """
+        self.check()
+        if not -self.mean.dim() <= axis < self.mean.dim():
+            received, instead = f"axis={axis}, shape {tuple(self.mean.shape)}", "axis=-1, the last"
+            raise ShapeError(say("the axis is one of the moments", received=received, instead=instead))
+        last = each(lambda t: t.movedim(axis, -1), self)
+        return each(lambda t: t.movedim(-1, axis), _up_to(last))
 
     def coarsen(self, pattern: str, *, sizes: Sizes | None = None, **labels: Partition) -> Moments:
         """The moments of larger sets: `m.coarsen("n c -> n")` of moments that stand per n and c.
@@ -112,6 +152,8 @@ class Moments:
             rule, instead = "moments have counts, so they take no mask", f'"{spec.x} -> {spec.sets}"'
             raise SpecError(spec.mask.error(rule, *spec.mask.elements, instead=instead))
         self.check()
+        if self.mean.is_complex():
+            return self.parts().coarsen(str(spec.in_parts()), sizes=sizes, **labels).joined()
         read = [lookup.label for lookup in spec.sets.lookups()]
         for name in labels:
             if name not in read:
@@ -153,7 +195,8 @@ class Moments:
         """
         rest = self.mean * (1 - share)
         low = None if self.low is None else self.low * share
-        return Moments(self.count, self.mean * share, self.m2 + self.count * rest * rest, low)
+        square = rest.real * rest.real + rest.imag * rest.imag if rest.is_complex() else rest * rest
+        return Moments(self.count, self.mean * share, self.m2 + self.count * square, low)
 
     def about_zero(self) -> Tensor:
         """Sum of x^2 of every set: what `center=False` divides by."""
@@ -167,9 +210,25 @@ class Moments:
 
     def inward(self, sets: Sets, dtype: torch.dtype) -> Moments:
         """From the shape that the expression of these sets writes to the internal one, in the dtype of statistics."""
+        return each(sets.inward, self.rounded(dtype))
+
+    def rounded(self, dtype: torch.dtype) -> Moments:
+        """Mean, M2 and low in this dtype; low takes what the mean loses."""
         mean = self.mean.to(dtype)
         low = (self.mean - mean).to(dtype) + self._low.to(dtype)
-        return Moments(sets.inward(self.count), sets.inward(mean), sets.inward(self.m2.to(dtype)), sets.inward(low))
+        return Moments(self.count, mean, self.m2.to(dtype), low)
+
+    # --- complex numbers: real and imaginary part as one more axis, the last
+
+    def parts(self) -> Moments:
+        """Those of real and imaginary part. Of M2, which is known of both together, each gets half."""
+        count, m2 = (torch.stack([t, t], -1) for t in (self.count, self.m2 / 2))
+        return Moments(count, torch.view_as_real(self.mean), m2, torch.view_as_real(self._low))
+
+    def joined(self) -> Moments:
+        """The reverse of `parts`."""
+        mean, low = (torch.view_as_complex(t.contiguous()) for t in (self.mean, self._low))
+        return Moments(self.count[..., 0], mean, self.m2.sum(-1), low)
 
     @property
     def _low(self) -> Tensor:
@@ -177,6 +236,32 @@ class Moments:
 
     def __repr__(self) -> str:
         return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
+
+
+def each(f: Callable[..., Tensor], *moments: Moments) -> Moments:
+    """Moments whose every field is f of the fields."""
+    fields = [(m.count, m.mean, m.m2, m._low) for m in moments]
+    return Moments(*(f(*tensors) for tensors in zip(*fields, strict=True)))
+
+
+def _up_to(m: Moments) -> Moments:
+    """`Moments.cumulative`, of the last axis.
+
+    Pairs are merged, and up to the end of each pair the moments follow from those of the pairs; up to its first place
+    they are one merge away.
+    """
+    size = m.mean.shape[-1]
+    if size < 2:
+        return m
+    pairs = each(lambda t: t[..., :-1:2], m).merge(each(lambda t: t[..., 1::2], m))
+    odd = _up_to(pairs)  # up to 1, 3, 5, ...
+    even = each(lambda t: t[..., : (size - 1) // 2], odd).merge(each(lambda t: t[..., 2::2], m))  # up to 2, 4, ...
+
+    def woven(first: Tensor, odd: Tensor, even: Tensor) -> Tensor:
+        even, last = torch.cat([first[..., :1], even], -1), odd.shape[-1]
+        return torch.cat([torch.stack([even[..., :last], odd], -1).flatten(-2), even[..., last:]], -1)
+
+    return each(woven, m, odd, even)
 
 
 pytree.register_pytree_node(

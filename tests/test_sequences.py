@@ -524,7 +524,7 @@ BAD = {
     "key_padding_mask of integers": (X, {"key_padding_mask": MASK.int()}, SpecError, r"mask=key_padding_mask, if 1"),
     "key_padding_mask turned": (X, {"key_padding_mask": MASK.T}, ShapeError, r"key_padding_mask.T"),
     "no tensor": ([1.0], {}, SpecError, r"x is a torch.Tensor.*list"),
-    "integers": (X.long(), {"mask": MASK}, SpecError, r"floating tensor"),
+    "integers": (X.long(), {"mask": MASK}, SpecError, r"floating or complex tensor"),
     "channels last": (X.transpose(1, 2), {}, ShapeError, r"\(batch, 6, time\).*\(2, 5, 6\).*channels_last=True"),
     "four axes": (X[None], {}, ShapeError, r"\(batch, 6, time\).*three axes"),
     "packed alone": (ROWS, {}, ShapeError, r"\(batch, 6, time\).*cu_seqlens=..."),

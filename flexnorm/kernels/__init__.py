@@ -1,7 +1,7 @@
 """The rooms that compute a `Recipe`, and the `Plan` that chooses one."""
 
 from . import aten, cpu, native, triton
-from .interface import Gradients, Kept, Operands, Recipe, Room, Sums, stat_dtype
+from .interface import Gradients, Kept, Operands, Recipe, Room, Sums, Whole, stat_dtype
 from .plan import ROOMS, Plan, choose
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Recipe",
     "Room",
     "Sums",
+    "Whole",
     "aten",
     "choose",
     "cpu",

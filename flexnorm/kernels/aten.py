@@ -143,6 +143,13 @@ def _normalized(recipe: Recipe, operands: Operands, moments: Moments) -> Tensor:
     return values * sets.spread(inverse_sigma(recipe, moments))
 
 
+def affine_only(recipe: Recipe, operands: Operands, xhat: Tensor) -> Tensor:
+    """Weight and bias on what is normalized already, in x's own shape; 0 stays outside."""
+    if operands.weight is None and operands.bias is None:
+        return xhat
+    return _outward(recipe, operands, _affine(recipe, operands, xhat.reshape(recipe.sets.axes.sizes)))
+
+
 def _affine(recipe: Recipe, operands: Operands, xhat: Tensor) -> Tensor:
     if operands.weight is not None:
         xhat = xhat * _spread_param(recipe, operands.weight, xhat.dtype)

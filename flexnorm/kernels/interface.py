@@ -60,6 +60,19 @@ class Sums(NamedTuple):
     bias: Tensor | None  # params: sum of dy, the gradient of bias
 
 
+class Whole(Protocol):
+    """What sets are a part of that go on elsewhere: on other ranks, or in the other part of a complex number.
+
+    Both merges are linear in what backward passes on, and differentiable by autograd. Shapes are those within.
+    """
+
+    def moments(self, part: Moments) -> Moments:
+        """The moments of the whole sets."""
+
+    def sums(self, part: Sums) -> Sums:
+        """The sums over the whole sets; those over the parameters stay."""
+
+
 class Gradients(NamedTuple):
     """What the backward pass gives, for each tensor of the operands; None where there is none to be had."""
 

@@ -1,0 +1,142 @@
+"""Norms of existing models, exchanged: so far, batch norms for synchronized ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .errors import SpecError, say
+from .functional import ALONE
+from .norm import Norm
+from .ranks import Ranks, Sharding
+
+__all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
+
+
+class SyncBatchNorm(Norm, nn.SyncBatchNorm):
+    r"""`nn.SyncBatchNorm` that runs everywhere, CPU and gloo included: batch norm over the batches of all ranks.
+
+    For each channel c:   y = (x - mean(x[c])) / sqrt(var(x[c]) + eps) * weight[c] + bias[c]
+
+    Args:
+        num_features: number of channels, C.
+        eps: added to the variance, in the unit of x squared.
+        momentum: weight of the new value in the running statistics; None: the average of all batches.
+        affine: learn weight and bias, of shape (C,).
+        track_running_stats: keep running means and (unbiased) variances, and use them in evaluation.
+        process_group: of `torch.distributed`; None is the default one, at the first call.
+        device, dtype: of parameters and buffers.
+
+    Shapes: x is (N, C, *spatial); N may differ from rank to rank, and be 0. The result is alike.
+
+    As with `nn.SyncBatchNorm`, ranks are asked in training only, and without a process group it is batch norm.
+
+    Raises:
+        RuntimeError: another rank has failed, or a copy of the layer has no process group where the layer had one.
+        ValueError: there is one value per channel, on all ranks together.
+
+    >>> norm = SyncBatchNorm(8)
+    >>> norm(torch.randn(4, 8, 5, 5)).shape, isinstance(norm, nn.SyncBatchNorm)
+    (torch.Size([4, 8, 5, 5]), True)
+
+    Source: `torch.nn.SyncBatchNorm`; Ioffe and Szegedy, "Batch Normalization", 2015.
+    """
+
+    _evaluates_unseen = True
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        Norm.__init__(
+            self,
+            "n c ... -> c",
+            affine="c" if affine else None,
+            c=num_features,
+            eps=eps,
+            track_running_stats=track_running_stats,
+            momentum=momentum,
+            sharded="n ...",
+            process_group=process_group,
+            device=device,
+            dtype=dtype,
+        )
+        self.num_features, self.affine = num_features, affine
+
+    extra_repr = nn.SyncBatchNorm.extra_repr
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # torch's name
+        """Normalizes x, (N, C, *spatial)."""
+        one = isinstance(input, Tensor) and input.dim() > 1 and input.numel() == input.shape[1]
+        if one and self.training and not self._ranks().groups:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
+        return Norm.forward(self, input)
+
+    def _ranks(self) -> Ranks:
+        alone = self.process_group is None and not (dist.is_available() and dist.is_initialized())
+        return ALONE if alone or not self.training else super()._ranks()
+
+
+def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
+    """Makes every batch norm of a model a `SyncBatchNorm`, as `nn.SyncBatchNorm.convert_sync_batchnorm` does.
+
+    Parameters and buffers are those of the model, no copies of them, so that an optimizer keeps its own.
+
+    Args:
+        model: changed in place, unless it is a batch norm itself.
+        process_group: of `torch.distributed`; None is the default one, at the first call.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpecError: a batch norm is lazy, and does not know its channels yet. Nothing is changed then.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    >>> convert_sync_batchnorm(model)[1]
+    SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and isinstance(module, LazyModuleMixin):
+            received, instead = f"{name}: {module}", "one call of the model first"
+            raise SpecError(
+                say("a lazy batch norm gets its channels at the first call", received=received, instead=instead)
+            )
+    return _converted(model, process_group, {})
+
+
+def _converted(module: nn.Module, group: Any, done: dict[int, nn.Module]) -> nn.Module:
+    """The module, or what takes its place; one that stands in several places has one successor."""
+    if id(module) not in done:
+        done[id(module)] = module
+        if isinstance(module, Norm) and isinstance(module, _BatchNorm):  # a drop-in of ours
+            pooled = [str(atom) for atom in module._spec.x.atoms() if atom not in list(module._spec.sets.atoms())]
+            module._sharding = Sharding(module._spec, pooled, group)
+        elif isinstance(module, _BatchNorm):
+            done[id(module)] = _synchronized(module, group)
+        else:
+            for name, child in module._modules.items():
+                if child is not None:
+                    setattr(module, name, _converted(child, group, done))
+    return done[id(module)]
+
+
+def _synchronized(module: _BatchNorm, group: Any) -> SyncBatchNorm:
+    options = (module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+    made = SyncBatchNorm(*options, process_group=group, device="meta")
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        setattr(made, name, getattr(module, name))
+    made.training = module.training
+    return made

@@ -1,0 +1,124 @@
+"""Axes of x that are spread over ranks, `sharded="n"`, and the ranks that their sets go on over."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from . import collectives
+from .errors import SpecError, say, shown
+from .kernels import Recipe, Sums
+from .spec import Axis, Dots, Spec
+from .statistics import Moments
+
+
+class Ranks:
+    """The ranks that a call is made on together; as a `Whole`, the sets of all of them.
+
+    Within `with ranks:`, whatever raises here before `agree` raises on all ranks.
+    """
+
+    def __init__(self, groups: Iterable[Any]) -> None:
+        self.groups = [group for group in groups if group.size() > 1]
+        self._agreed = not self.groups
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not self._agreed:
+            self._agreed = True
+            collectives.agree(self.groups, "", differentiated=False, needed=False, error=error)
+
+    def agree(self, recipe: Recipe, *, differentiated: bool, needed: bool) -> bool:
+        """Whether any rank needs the gradient of x; see `collectives.agree`."""
+        if self._agreed:
+            return needed
+        self._agreed = True
+        sets = recipe.sets
+        weights = recipe.mask is not None and not recipe.membership
+        what = f"{sets.count} sets of ({sets.expr}), shape {sets.shape}{', weighted' * weights}"
+        return collectives.agree(self.groups, what, differentiated=differentiated, needed=needed)
+
+    def moments(self, part: Moments) -> Moments:
+        for group in self.groups:
+            part = part.gathered(group)
+        return part
+
+    def sums(self, part: Sums) -> Sums:
+        both = torch.stack([part.grad, part.grad_xhat])
+        for group in self.groups:
+            both = collectives.add(both, group)
+        return Sums(both[0], both[1], part.weight, part.bias)
+
+
+class Sharding:
+    """Which axes of x are spread over the ranks of a process group: where they are pooled, sets go on over the ranks.
+
+    Args:
+        sharded: names of axes: `"n"`, `"h w"`, or a sequence of names.
+        process_group: of `torch.distributed`; None is the default one at the first call.
+
+    Raises:
+        SpecError: no axis has this name, or some of the axes are pooled and others are not.
+    """
+
+    def __init__(self, spec: Spec, sharded: str | Sequence[str], process_group: Any = None) -> None:
+        words = sharded.split() if isinstance(sharded, str) else sharded
+        if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) for word in words):
+            received, instead = f"sharded={shown(sharded)}", f'sharded="{next(spec.x.axes(), "n")}"'
+            raise SpecError(say("sharded names axes of x", text=spec.text, received=received, instead=instead))
+        atoms = {str(atom): atom for atom in spec.x.atoms() if isinstance(atom, (Axis, Dots))}
+        for word in words:
+            if word not in atoms:
+                raise SpecError(
+                    spec.x.error(
+                        f"sharded names axes of x, and {word!r} is none",
+                        *spec.x.elements,
+                        received=f"sharded={shown(sharded)}",
+                        instead=f"one of: {', '.join(atoms) or 'none, as there is no axis with a name'}",
+                    )
+                )
+        kept = [word for word in words if is_kept(spec, atoms[word])]
+        if kept and len(kept) < len(words):
+            pooled = [word for word in words if word not in kept]
+            raise SpecError(
+                spec.sets.error(
+                    "sets go on over the ranks that the pooled axes are sharded over, and these sets are apart along "
+                    f"{', '.join(kept)}",
+                    *(atoms[word] for word in kept),
+                    received=f"sharded={shown(sharded)}",
+                    instead=f'sharded="{" ".join(pooled)}", with process_group= the ranks that share {", ".join(kept)}',
+                )
+            )
+        self.names = tuple(words)
+        self.merged = not kept
+        self.process_group = process_group
+        self._group: Any = None
+
+    def ranks(self) -> Ranks:
+        """Those of this call; none if no set goes on elsewhere."""
+        if not self.merged:
+            return Ranks([])
+        if self._group is None:
+            self._group = collectives.group_of(self.process_group)
+        return Ranks([self._group])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A process group belongs to this process."""
+        left_out = None if self.process_group is None else "left out of a copy; set it: norm.process_group = group"
+        return {**self.__dict__, "process_group": left_out, "_group": None}
+
+
+def is_kept(spec: Spec, axis: Axis | Dots) -> bool:
+    """Whether sets are apart along this axis by itself, so that none goes on along it."""
+    return axis in list(spec.sets.atoms())
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether it is a `torch.distributed.tensor.DTensor`, which only exists if somebody has imported it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
