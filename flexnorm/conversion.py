@@ -18,8 +18,8 @@ from .ranks import Ranks, Sharding
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
 
 
-class SyncBatchNorm(Norm, nn.SyncBatchNorm):
-    r"""`nn.SyncBatchNorm` that runs everywhere, CPU and gloo included: batch norm over the batches of all ranks.
+class SyncBatchNorm(Norm, _BatchNorm):
+    r"""Batch norm over the batches of all ranks, on every device and backend, CPU and gloo included.
 
     For each channel c:   y = (x - mean(x[c])) / sqrt(var(x[c]) + eps) * weight[c] + bias[c]
 
@@ -41,8 +41,11 @@ class SyncBatchNorm(Norm, nn.SyncBatchNorm):
         ValueError: there is one value per channel, on all ranks together.
 
     >>> norm = SyncBatchNorm(8)
-    >>> norm(torch.randn(4, 8, 5, 5)).shape, isinstance(norm, nn.SyncBatchNorm)
-    (torch.Size([4, 8, 5, 5]), True)
+    >>> norm(torch.randn(4, 8, 5, 5)).shape
+    torch.Size([4, 8, 5, 5])
+
+    Differs from `nn.SyncBatchNorm`, which is for GPUs alone: it is no subclass of it, as DistributedDataParallel takes
+    one for a GPU's; and where a rank fails, all raise.
 
     Source: `torch.nn.SyncBatchNorm`; Ioffe and Szegedy, "Batch Normalization", 2015.
     """
@@ -75,7 +78,7 @@ class SyncBatchNorm(Norm, nn.SyncBatchNorm):
         )
         self.num_features, self.affine = num_features, affine
 
-    extra_repr = nn.SyncBatchNorm.extra_repr
+    extra_repr = _BatchNorm.extra_repr
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # torch's name
         """Normalizes x, (N, C, *spatial)."""

@@ -112,13 +112,14 @@ def normalize(
         rule = f"{'weight' if weight is not None else 'bias'} is given, and affine= does not say what its axes are"
         received = shown(weight if weight is not None else bias)
         raise SpecError(say(rule, text=spec.text, received=received, instead='affine="c", say'))
+    whole = spec
     if cumulative is not None:
         spec = spec_along(spec, cumulative)
     formula = _formula(spec, options, params, tuple(told.items()))
     given = (x, mask, () if params is None else ((weight, bias),), moments, partitions)
     if sharded is None and process_group is None:
         return run(formula, *given, cumulative=cumulative is not None)[0]
-    with ranks_of(spec, sharded, process_group) as ranks:
+    with ranks_of(whole, sharded, process_group, cumulative) as ranks:
         return run(formula, *given, cumulative=cumulative is not None, ranks=ranks)[0]
 
 
@@ -151,10 +152,12 @@ def moments(
         return own_moments(formula, x, mask, partitions, ranks)
 
 
-def ranks_of(spec: Spec, sharded: str | Sequence[str] | None, process_group: Any) -> Ranks:
+def ranks_of(
+    spec: Spec, sharded: str | Sequence[str] | None, process_group: Any, cumulative: str | None = None
+) -> Ranks:
     """The ranks that a call is made on together."""
     if sharded is not None:
-        return Sharding(spec, sharded, process_group).ranks()
+        return Sharding(spec, sharded, process_group, cumulative).ranks()
     rule, received = "a process group is one of sharded axes", f"process_group={shown(process_group)}, sharded=None"
     raise SpecError(say(rule, text=spec.text, received=received, instead='sharded="n", say'))
 

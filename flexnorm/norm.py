@@ -129,7 +129,7 @@ class Norm(nn.Module):
             if bias:
                 self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self._cumulative = cumulative
-        self._sharding = None if sharded is None else Sharding(self._spec, sharded, process_group)
+        self._sharding = None if sharded is None else Sharding(self._spec, sharded, process_group, cumulative)
         self._check_combination(track_running_stats, process_group)
         exprs = [expr for expr in (self._affine, self._conditional) if expr is not None]
         spec = self._spec if cumulative is None else spec_along(self._spec, cumulative)
@@ -317,22 +317,19 @@ class Norm(nn.Module):
         if self._sharding is None:
             rule, received = "a process group is one of sharded axes", f"{self}, without sharded="
             raise SpecError(say(rule, received=received, instead='Norm(..., sharded="n", process_group=group)'))
-        self._sharding = Sharding(self._spec, self._sharding.names, group)
+        self._sharding = Sharding(self._spec, self._sharding.names, group, self._cumulative)
 
     def _check_combination(self, track_running_stats: bool, process_group: Any) -> None:
         """Options that exclude each other."""
         rule = None
-        names = () if self._sharding is None else self._sharding.names
         if process_group is not None and self._sharding is None:
             rule, instead = "a process group is one of sharded axes", 'sharded="n", say'
-        elif self._cumulative in names:
-            rule, instead = "what is cumulated along an axis has all of it on one rank", "another axis in sharded="
         elif self._cumulative is not None and track_running_stats:
             rule = "cumulated statistics are those of x itself, and none run on from batch to batch"
             instead = "cumulative= or track_running_stats=True"
         if rule is not None:
-            received = f"cumulative={self._cumulative!r}, sharded={names}, process_group={shown(process_group)}, "
-            received += f"track_running_stats={track_running_stats}"
+            received = f"cumulative={self._cumulative!r}, track_running_stats={track_running_stats}, "
+            received += f"process_group={shown(process_group)}"
             raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
 
     # --- streams
@@ -435,6 +432,8 @@ class Norm(nn.Module):
 
     @torch.no_grad()
     def _track(self, *seen: Moments) -> None:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing computes the same batch again
         if self._collected is not None:
             wide = [m.rounded(torch.float64) for m in seen]
             pairs = zip(self._collected, wide, strict=True)
@@ -557,13 +556,14 @@ class Norm(nn.Module):
         if buffer.is_inference() or not readable(buffer):
             return self._as_partition(name, buffer, self._counts[name])
         kept = self._built.get(name)
-        if kept is not None and kept[0] is buffer and kept[1] == buffer._version:
+        # By the memory, not by the tensor: `swap_tensors` and `.data =` leave the tensor and change what it holds.
+        if kept is not None and kept[0].data_ptr() == buffer.data_ptr() and kept[1] == buffer._version:
             return kept[2]
         if kept is not None and buffer.device.type == "cpu" and torch.equal(kept[2].ids, buffer):
             partition = kept[2]  # written, and the same: a checkpoint, or the broadcast of a parallel wrapper
         else:
             partition = self._as_partition(name, buffer, self._counts[name])
-        self._built[name] = (buffer, buffer._version, partition)
+        self._built[name] = (buffer.detach(), buffer._version, partition)
         return partition
 
     def __getstate__(self) -> dict[str, Any]:

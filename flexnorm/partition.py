@@ -165,6 +165,7 @@ def _rebuilt(ids: Tensor, count: int) -> Partition:
     return Partition._made(ids, count)
 
 
+torch.serialization.add_safe_globals([_rebuilt])  # for torch.load(weights_only=True)
 pytree.register_pytree_node(
     Partition,
     lambda partition: ([partition.ids], partition.count),

@@ -61,12 +61,15 @@ class Sharding:
     Args:
         sharded: names of axes: `"n"`, `"h w"`, or a sequence of names.
         process_group: of `torch.distributed`; None is the default one at the first call.
+        cumulative: the axis that statistics are cumulated along.
 
     Raises:
-        SpecError: no axis has this name, or some of the axes are pooled and others are not.
+        SpecError: no axis has this name, some of the axes are pooled and others are not, or the cumulated one is sharded.
     """
 
-    def __init__(self, spec: Spec, sharded: str | Sequence[str], process_group: Any = None) -> None:
+    def __init__(
+        self, spec: Spec, sharded: str | Sequence[str], process_group: Any = None, cumulative: str | None = None
+    ) -> None:
         words = sharded.split() if isinstance(sharded, str) else sharded
         if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) for word in words):
             received, instead = f"sharded={shown(sharded)}", f'sharded="{next(spec.x.axes(), "n")}"'
@@ -82,6 +85,15 @@ class Sharding:
                         instead=f"one of: {', '.join(atoms) or 'none, as there is no axis with a name'}",
                     )
                 )
+        if cumulative in words:
+            raise SpecError(
+                spec.x.error(
+                    "what is cumulated along an axis has all of it on one rank",
+                    atoms[str(cumulative)],
+                    received=f"cumulative={cumulative!r}, sharded={shown(sharded)}",
+                    instead="another axis in sharded=, or none",
+                )
+            )
         kept = [word for word in words if is_kept(spec, atoms[word])]
         if kept and len(kept) < len(words):
             pooled = [word for word in words if word not in kept]

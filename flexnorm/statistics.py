@@ -264,6 +264,7 @@ def _up_to(m: Moments) -> Moments:
     return each(woven, m, odd, even)
 
 
+torch.serialization.add_safe_globals([Moments])  # for torch.load(weights_only=True)
 pytree.register_pytree_node(
     Moments,
     lambda m: ([t for t in (m.count, m.mean, m.m2, m.low) if t is not None], None),
