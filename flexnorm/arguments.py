@@ -334,7 +334,7 @@ def _check_mask(spec: Spec, axes: Axes, x: Tensor, mask: Tensor) -> Sets:
 
 def _check_weights(spec: Spec, mask: Tensor) -> None:
     """The values of a floating mask."""
-    if not mask.is_floating_point() or not readable(mask):
+    if not mask.is_floating_point() or not (readable(mask) or torch.compiler.is_compiling()):
         return
     assert spec.mask is not None
     weights = mask.detach()

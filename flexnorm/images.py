@@ -143,9 +143,10 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
             mask: bool (which pixels there are) or floating (weights), (N, *spatial), or of size 1 along an axis.
             moments: statistics to use instead of x's own, (N, num_groups).
         """
-        shape = getattr(input, "shape", torch.Size())
-        if moments is None and shape and shape.numel() == self.num_groups == self.num_channels:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
+        alone = self.num_groups == self.num_channels and moments is None and isinstance(input, Tensor)
+        if alone and input.dim() and input.numel() == self.num_groups:
+            size = list(input.shape)
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
         return super().forward(input, mask, moments=moments)
 
     def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> tuple[Tensor, Moments | None]:

@@ -220,16 +220,7 @@ class Norm(nn.Module):
             y, used = self._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
             return (y, used) if return_moments else y
         around = given_here()
-        from_around: list[str] = []
-        if around:
-            if mask is None and self._spec.mask is not None and "mask" in around:
-                mask = around["mask"]
-                from_around.append("mask")
-            for name in self._lookups:
-                if name in around and name not in dynamic and name not in self._static and name != "mask":
-                    dynamic[name] = around[name]
-                    from_around.append(name)
-        self._check_recomputation(bool(from_around))
+        mask = self._from_around(around, mask, dynamic)
         try:
             y, used = self._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
         except (SpecError, ShapeError) as error:
@@ -265,6 +256,8 @@ class Norm(nn.Module):
             if not self.training:
                 self._check_seen(mean, var)
                 moments = running
+        if mask is not None and not torch.compiler.is_compiling():
+            self.__dict__["_masked"] = True
         partitions = self.labels if self._static else {}
         tracked = return_moments or (self.training and running is not None)
         ranks = ALONE if self._sharding is None or moments is not None else self._ranks()
@@ -289,10 +282,7 @@ class Norm(nn.Module):
         tracked: bool,
         ranks: Ranks,
     ) -> tuple[Tensor, Moments | None]:
-        for name, value in dynamic.items():
-            if name not in self._lookups or name in self._static:
-                raise self._refused(name, value)
-            partitions[name] = self._as_partition(name, value, self._counts.get(name))
+        self._read(dynamic, partitions)
         params = self._params(weight, bias)
         formula = self._formula
         if self.eps != formula.options.eps:  # somebody set it anew
@@ -371,14 +361,18 @@ class Norm(nn.Module):
         if self._cumulative is None:
             rule, instead = "a layer that takes steps knows the axis they go along", 'Norm(..., cumulative="t")'
             raise SpecError(say(rule, text=self._spec.text, received=f"{self}", instead=instead))
-        if state is not None and not (len(state) == 4 and all(isinstance(t, Tensor) for t in state)):
+        four = isinstance(state, (tuple, list)) and len(state) == 4 and all(isinstance(t, Tensor) for t in state)
+        if not (state is None or four):
             received, instead = f"state={shown(state)}", "the second of what norm.step(x) returned"
             raise SpecError(say("a state is that of an earlier step: four tensors", received=received, instead=instead))
-        dynamic = names if labels is None else self._both(names, labels)
+        dynamic: dict[str, Label] = names if labels is None else self._both(names, labels)
+        if something_given() or self._was_given:
+            mask = self._from_around(given_here(), mask, dynamic)
         partitions = self.labels if self._static else {}
-        read = {name: self._as_partition(name, value, self._counts.get(name)) for name, value in dynamic.items()}
-        m = own_moments(self._formula.of_moments, x, mask, {**partitions, **read})
-        past = each(lambda t: torch.zeros_like(t[..., 0]), m) if state is None else Moments(*state)
+        with ALONE if self._sharding is None else self._ranks() as ranks:
+            self._read(dynamic, partitions)
+            m = own_moments(self._formula.of_moments, x, mask, partitions, ranks)
+        past = each(lambda t: t.new_zeros(t.shape[:-1]), m) if state is None else Moments(*state)
         past.check()
         if past.mean.shape != m.mean.shape[:-1]:
             raise ShapeError(
@@ -397,6 +391,7 @@ class Norm(nn.Module):
 
     # --- running statistics
 
+    _masked = False  # whether it was ever called with a mask, as `flexnorm.privacy` asks
     _collected: tuple[Moments, ...] | None = None  # while `calibrate` goes through the batches
     _evaluates_unseen = False  # as the layers of others do, which begin with mean 0 and variance 1
 
@@ -430,10 +425,10 @@ class Norm(nn.Module):
         (m,) = seen
         return (m.mean, m.count > 0), m.unbiased_var()
 
-    @torch.no_grad()
     def _track(self, *seen: Moments) -> None:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing computes the same batch again
+        seen = tuple(each(Tensor.detach, m) for m in seen)
         if self._collected is not None:
             wide = [m.rounded(torch.float64) for m in seen]
             pairs = zip(self._collected, wide, strict=True)
@@ -547,6 +542,13 @@ class Norm(nn.Module):
         """The static labels, by name."""
         return {name: self._partition(name) for name in self._static}
 
+    def _read(self, dynamic: Mapping[str, Any], partitions: dict[str, Partition]) -> None:
+        """Labels that came with a call, into the static ones."""
+        for name, value in dynamic.items():
+            if name not in self._lookups or name in self._static:
+                raise self._refused(name, value)
+            partitions[name] = self._as_partition(name, value, self._counts.get(name))
+
     def _as_partition(self, name: str, value: object, count: int | None = None) -> Partition:
         return as_partition(*self._lookups[name], value, count)
 
@@ -586,6 +588,17 @@ class Norm(nn.Module):
         )
 
     # --- what is given from around
+
+    def _from_around(self, around: Mapping[str, Any], mask: Tensor | None, dynamic: dict[str, Label]) -> Tensor | None:
+        """The mask; and the labels, into `dynamic`."""
+        taken = mask is None and self._spec.mask is not None and "mask" in around
+        mask = around["mask"] if taken else mask
+        for name in self._lookups:
+            if name in around and name not in dynamic and name not in self._static and name != "mask":
+                dynamic[name] = around[name]
+                taken = True
+        self._check_recomputation(taken)
+        return mask
 
     def _check_recomputation(self, given_now: bool) -> None:
         """Activation checkpointing runs forward again in backward: then what was given must still be."""
@@ -669,22 +682,23 @@ def calibrate(
             else:
                 model(batch[0] if isinstance(batch, (list, tuple)) else batch)
             seen += 1
-        collected = [(norm, norm._collected) for norm in norms if norm._collected]
+        collected = [(norm, norm._values(*norm._collected)) for norm in norms if norm._collected]
     finally:
         for module, mode in modes:
             module.training = mode
         for norm in norms:
             norm._collected = None
+    collected = [(norm, values) for norm, values in collected if values[0][1].any()]
     if not collected:
-        received = f"{seen} batches, in which no norm was called"
+        received = f"{seen} batches, in which no norm saw an element"
         raise SpecError(say("statistics are those of batches", received=received, instead="batches that hold some"))
-    for norm, moments in collected:
-        (mean, known), (var, known_var) = norm._values(*moments)
-        for buffer, value, where in ((norm.running_mean, mean, known), (norm.running_var, var, known_var)):
+    for norm, values in collected:
+        tracked = norm.num_batches_tracked
+        for buffer, (value, known) in zip((norm.running_mean, norm.running_var), values, strict=True):
             assert buffer is not None
-            buffer.copy_(value.to(buffer.dtype).where(where, buffer))
-        assert norm.num_batches_tracked is not None
-        norm.num_batches_tracked.fill_(seen)
+            buffer.copy_(value.to(buffer.dtype).where(known, buffer))
+        assert tracked is not None
+        tracked.copy_(values[1][1] * seen if tracked.dim() else torch.tensor(seen))
     return model
 
 

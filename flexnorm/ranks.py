@@ -64,7 +64,7 @@ class Sharding:
         cumulative: the axis that statistics are cumulated along.
 
     Raises:
-        SpecError: no axis has this name, some of the axes are pooled and others are not, or the cumulated one is sharded.
+        SpecError: no axis has this name, some of the axes are pooled and others are not, or one of them is cumulated.
     """
 
     def __init__(
@@ -109,20 +109,17 @@ class Sharding:
         self.names = tuple(words)
         self.merged = not kept
         self.process_group = process_group
-        self._group: Any = None
 
     def ranks(self) -> Ranks:
         """Those of this call; none if no set goes on elsewhere."""
         if not self.merged:
             return Ranks([])
-        if self._group is None:
-            self._group = collectives.group_of(self.process_group)
-        return Ranks([self._group])
+        return Ranks([collectives.group_of(self.process_group)])  # not kept: groups end before their process
 
     def __getstate__(self) -> dict[str, Any]:
         """A process group belongs to this process."""
         left_out = None if self.process_group is None else "left out of a copy; set it: norm.process_group = group"
-        return {**self.__dict__, "process_group": left_out, "_group": None}
+        return {**self.__dict__, "process_group": left_out}
 
 
 def is_kept(spec: Spec, axis: Axis | Dots) -> bool:

@@ -59,7 +59,7 @@ def as_mask(
     >>> as_mask(key_padding_mask=torch.tensor([[True, False, False]]), batch=1, time=3)
     tensor([[False,  True,  True]])
     """
-    shape = (batch,) if isinstance(batch, int) else tuple(batch)
+    shape = tuple(batch) if isinstance(batch, Sequence) else (batch,)  # a tracer's size is no int
     told = {"mask": mask, "lengths": lengths, "key_padding_mask": key_padding_mask}
     told = {name: value for name, value in told.items() if value is not None}
     if len(told) > 1:
@@ -225,7 +225,8 @@ def _segments(cu_seqlens: Tensor | Partition, total: int, device: torch.device) 
             rule, instead = "a Partition of packed sequences has an id for every row of x", "Partition.from_offsets(cu)"
             raise ShapeError(say(rule, received=received, instead=instead))
         return cu_seqlens
-    if not (isinstance(cu_seqlens, Tensor) and _is_integral(cu_seqlens) and cu_seqlens.dim() == 1 and len(cu_seqlens)):
+    integral = isinstance(cu_seqlens, Tensor) and _is_integral(cu_seqlens)
+    if not (integral and cu_seqlens.dim() == 1 and cu_seqlens.numel()):
         raise SpecError(
             say(
                 "cu_seqlens is a tensor of whole numbers: where every sequence begins, and the end of the last",

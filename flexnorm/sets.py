@@ -151,7 +151,8 @@ class Sets:
         repeats = math.prod(self.axes.sizes[place] for place in self._pooled if place not in present)
         while present:
             # torch sums by a cascade along what is one axis in memory, and naively beyond: axis by axis, longest first.
-            axes = max(_runs(t, present), key=lambda run: math.prod(t.shape[place] for place in run))
+            runs = _runs(t, present) if not self.axes.symbolic else [present[-1:]]  # a tracer keeps what is compared
+            axes = max(runs, key=lambda run: math.prod(t.shape[place] for place in run)) if len(runs) > 1 else runs[0]
             t = t.sum(axes, keepdim=True)
             present = [place for place in present if place not in axes]
         if repeats != 1:

@@ -270,6 +270,14 @@ pytree.register_pytree_node(
     lambda m: ([t for t in (m.count, m.mean, m.m2, m.low) if t is not None], None),
     lambda fields, _: Moments(*fields),
     serialized_type_name="flexnorm.Moments",
+    flatten_with_keys_fn=lambda m: (
+        [
+            (pytree.GetAttrKey(name), t)
+            for name in ("count", "mean", "m2", "low")
+            if (t := getattr(m, name)) is not None
+        ],
+        None,
+    ),
 )
 
 

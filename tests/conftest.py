@@ -12,6 +12,9 @@ _NEEDS = {
     "test_graphs.py": "torch_geometric",
     "test_spectrograms.py": "torchaudio",
     "test_padding.py": "transformers",
+    "test_opacus.py": "opacus",
+    "test_privacy.py": "opacus",
+    "test_onnx.py": "onnxruntime",
 }
 collect_ignore = [name for name, package in _NEEDS.items() if find_spec(package) is None]
 

@@ -37,6 +37,7 @@ ORDER = [
     "graphs",
     "spectrograms",
     "conversion",
+    "privacy",
 ]
 ROOMS = ["interface", "aten", "native", "cpu", "triton", "plan", "__init__"]
 
