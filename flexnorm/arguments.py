@@ -110,7 +110,7 @@ def spec_along(spec: Spec, cumulative: str) -> Spec:
     """The pattern whose statistics are those of each place along an axis that they are to be cumulated along."""
     axes = {axis.name: axis for axis in spec.x.axes()}
     kept = [axis for axis in spec.sets.axes() if axis.name == cumulative]
-    if cumulative not in axes or kept:
+    if not isinstance(cumulative, str) or cumulative not in axes or kept:
         pooled = [name for name, axis in axes.items() if axis not in list(spec.sets.axes())]
         raise SpecError(
             spec.x.error(
@@ -121,6 +121,13 @@ def spec_along(spec: Spec, cumulative: str) -> Spec:
             )
         )
     return spec.keeping(cumulative)
+
+
+def unnamed_axes(spec: Spec, weight: Tensor | None, bias: Tensor | None) -> SpecError:
+    """What is raised where weight or bias is given, and no axes of theirs."""
+    rule = f"{'weight' if weight is not None else 'bias'} is given, and affine= does not say what its axes are"
+    received = shown(weight if weight is not None else bias)
+    return SpecError(say(rule, text=spec.text, received=received, instead='affine="c", say'))
 
 
 def label_names(spec: Spec, *parameters: Expr | None) -> dict[str, tuple[Expr, Lookup]]:
@@ -182,6 +189,8 @@ class Formula:
         self.spec, self.options, self.affines = spec, options, tuple(affines)
         self.sizes = tuple(sizes.items())
         self.lookups = label_names(spec, *self.affines)
+        told = (options.center, options.scale, options.activation)
+        self.head = repr((spec.text, tuple(expr.text for expr in self.affines), told))  # for operators
         self._recipes: dict[Any, Recipe] = {}
 
     @cached_property
@@ -197,18 +206,18 @@ class Formula:
     ) -> tuple[Recipe, Operands]:
         """Checks everything against the pattern, and says what is to be computed, and with what."""
         if type(x) not in _PLAIN or torch.compiler.is_compiling():
-            return self._prepare(x, mask, params, labels)
+            return self.prepare_anew(x, mask, params, labels)
         key = (x.shape, x.dtype, x.layout, x.device, _key(mask), *[_key(t) for stage in params for t in stage])
         kept = self._recipes
         if self.lookups:
             partitions = [labels.get(name) for name in self.lookups]
             if partitions[0] is None or partitions[0].device != x.device:
-                return self._prepare(x, mask, params, labels)
+                return self.prepare_anew(x, mask, params, labels)
             kept = partitions[0].kept
             key = (self, key, *map(id, partitions[1:]))
         recipe = kept.get(key)
         if recipe is None:
-            recipe, operands = self._prepare(x, mask, params, labels)
+            recipe, operands = self.prepare_anew(x, mask, params, labels)
             if len(kept) >= MOST:
                 kept.clear()
             kept[key] = recipe
@@ -221,9 +230,10 @@ class Formula:
             return recipe, Operands(x, mask, *params[0])
         return recipe, Operands(x, mask, *self._one(recipe.sets.axes, params, x, labels)[1:])
 
-    def _prepare(
+    def prepare_anew(
         self, x: Tensor, mask: Tensor | None, params: Sequence[Param], labels: Labels
     ) -> tuple[Recipe, Operands]:
+        """`prepare`, where sizes may be a tracer's symbols: nothing is kept."""
         spec = self.spec
         _check_x(spec, x)
         axes = bind(spec, tuple(x.shape), self.sizes)
@@ -265,7 +275,10 @@ class Formula:
         both = sets_of(axes, self.affines[0].union(self.affines[1]), labels)
 
         def over(sets: Sets, param: Tensor | None) -> Tensor | None:
-            return None if param is None else sets.over(param.to(stat_dtype(x.dtype)), both)
+            if param is None:
+                return None
+            wide = stat_dtype(x.dtype)
+            return sets.over(param.to(wide.to_complex() if param.is_complex() else wide), both)
 
         (weight, bias), (weight2, bias2) = ((over(sets, w), over(sets, b)) for sets, w, b in stages)
         if weight2 is not None:  # (xhat * weight + bias) * weight2 + bias2
@@ -397,6 +410,9 @@ def inward_moments(expr: Expr, recipe: Recipe, external: Moments, x: Tensor) -> 
             )
         )
     check_operand(expr, expr.elements, "moments", external.mean, x)
+    if external.mean.is_complex():
+        received, instead = f"moments of {external.mean.dtype}, x of {x.dtype}", "moments(x.real, pattern), say"
+        raise SpecError(expr.error("moments of complex numbers are for complex x", received=received, instead=instead))
     internal = external.inward(sets, stat_dtype(x.dtype))
     if recipe.center:
         return internal

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Formula, Options
+from .canonical import memory_order
 from .errors import SpecError, say
 from .kernels import Sums
 from .statistics import Moments
@@ -21,6 +22,11 @@ class BothParts:
 
     def sums(self, part: Sums) -> Sums:
         return Sums(part.grad, _total(part.grad_xhat), part.weight, part.bias)
+
+
+def of_both(m: Moments) -> Moments:
+    """The moments of complex numbers, of those whose parts have the M2 of both."""
+    return Moments(m.count, m.mean, m.m2 / 2, m.low).joined()
 
 
 def _total(t: Tensor) -> Tensor:
@@ -49,4 +55,18 @@ def _in_parts(spec: object, options: Options, sizes: tuple[tuple[str, int], ...]
 
 def parts(x: Tensor) -> Tensor:
     """Real and imaginary part along one more axis, the last."""
-    return torch.view_as_real(x.resolve_conj())
+    x = x.resolve_conj()
+    order, back = _orders(x)
+    return torch.view_as_real(x.permute(order)).permute(*back, x.dim())
+
+
+def joined(t: Tensor) -> Tensor:
+    """The reverse of `parts`."""
+    order, back = _orders(t[..., 0])
+    return torch.view_as_complex(t.permute(*order, t.dim() - 1)).permute(back)
+
+
+def _orders(t: Tensor) -> tuple[list[int], list[int]]:
+    """To the order in memory and back: torch lays the gradients of both views out in the order that it is asked in."""
+    order = list(memory_order(t.shape, t.stride()))
+    return order, sorted(range(len(order)), key=order.__getitem__)

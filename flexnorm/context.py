@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .arguments import Label
 from .errors import SpecError, say, shown
@@ -38,6 +39,10 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
 
     def __init__(self, /, *, mask: Tensor | None = None, **labels: Label) -> None:
         self._values: dict[str, Any] = {**labels, **({} if mask is None else {"mask": mask})}
+        # A number that a compiler comes upon outside of the arguments it takes for a constant, and a size it does not.
+        self._counts = {
+            name: torch.empty((value.count, 0)) for name, value in self._values.items() if isinstance(value, Partition)
+        }
         for name, value in self._values.items():
             if not isinstance(value, (Tensor, Partition)):
                 raise SpecError(
@@ -49,28 +54,32 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
                 )
 
     def __enter__(self) -> given:
-        _HERE.set((_HERE.get(), {**_values(_HERE.get()), **self._values}))
-        _OPEN.setdefault(threading.get_ident(), []).append(_values(_HERE.get()))
+        before = _HERE.state
+        values, counts = ({}, {}) if before is _HERE else before[1:]
+        values = {**values, **self._values}
+        counts = {name: count for name, count in counts.items() if name not in self._values}
+        _HERE.state = (before, values, {**counts, **self._counts})
+        if not is_dynamo_compiling():
+            _OPEN.setdefault(threading.get_ident(), []).append(values)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        here = _HERE.get()
-        assert here is not None
-        _HERE.set(here[0])
-        thread = threading.get_ident()
-        _OPEN[thread].pop()
-        if not _OPEN[thread]:
-            del _OPEN[thread]
+        _HERE.state = _HERE.state[0]
+        if not is_dynamo_compiling():
+            thread = threading.get_ident()
+            _OPEN[thread].pop()
+            if not _OPEN[thread]:
+                del _OPEN[thread]
 
     @staticmethod
     def context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """For `torch.utils.checkpoint.checkpoint`: nothing for forward, and for its repetition what is given now."""
-        return nullcontext(), given(**_values(_HERE.get()))
+        return nullcontext(), given(**_values())
 
 
 def something_given() -> bool:
     """Whether any thread is inside of a `given`: mostly none is, and layers need not look further."""
-    return bool(_OPEN)
+    return is_dynamo_compiling() or bool(_OPEN)  # a guard on what other threads do would compile anew
 
 
 def given_here() -> Mapping[str, Any]:
@@ -79,16 +88,34 @@ def given_here() -> Mapping[str, Any]:
     A backward pass of a GPU runs on a thread of its own, which knows nothing of the `with` block that `backward()` was
     called in. If one thread alone is inside of such blocks, it is that one.
     """
-    values = _values(_HERE.get())
-    if not values and len(_OPEN) == 1 and torch._C._current_graph_task_id() != -1:
+    values = _values()
+    if not values and not is_dynamo_compiling() and len(_OPEN) == 1 and torch._C._current_graph_task_id() != -1:
         return next(iter(_OPEN.values()))[-1]
     return values
 
 
-_Here = tuple[Any, Mapping[str, Any]]  # what was before, and what is given now
-_HERE: ContextVar[_Here | None] = ContextVar("flexnorm.given", default=None)
+_GIVEN: ContextVar[Any] = ContextVar("flexnorm.given")
+
+
+class _Here:
+    """What was before, what is given now, and the counts of Partitions; the object itself where nothing is given.
+
+    `torch.compile` knows no ContextVar, and takes an attribute that is looked up in C for one that it may guard and
+    read anew at every call. So the attribute is the variable: right for every thread and task.
+    """
+
+    state = property(_GIVEN.get, lambda _, state: _GIVEN.set(state) and None)  # `get` returns its argument if not set
+
+
+_HERE: Any = _Here()
 _OPEN: dict[int, list[Mapping[str, Any]]] = {}  # of every thread inside of a block
 
 
-def _values(here: _Here | None) -> Mapping[str, Any]:
-    return {} if here is None else here[1]
+def _values() -> Mapping[str, Any]:
+    state = _HERE.state
+    if state is _HERE:
+        return {}
+    values: dict[str, Any] = state[1]
+    if is_dynamo_compiling():
+        return {**values, **{name: Partition._made(values[name].ids, len(count)) for name, count in state[2].items()}}
+    return values

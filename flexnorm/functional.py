@@ -22,6 +22,7 @@ from .arguments import (
     label_names,
     sort_names,
     spec_along,
+    unnamed_axes,
 )
 from .errors import SpecError, say, shown
 from .kernels import ROOMS, Operands, Recipe, Room, Whole, aten, choose
@@ -103,15 +104,16 @@ def normalize(
 
     Source: Wu and He, "Group Normalization", 2018, with any partition of the elements in place of groups of channels.
     """
-    spec = Spec.parse(pattern)
     options = Options(center, scale, eps, activation)
+    if sharded is None and process_group is None and _compiling(x):
+        stages = [] if affine is None and weight is None and bias is None else [(weight, bias)]
+        return ops.called(x, pattern, mask, stages, affine, options, moments, cumulative, sizes, labels, names)
+    spec = Spec.parse(pattern)
     params = None if affine is None else spec.read(affine, "affine")
     told, partitions = _names(spec, params, sizes, labels, names)
     check_eps(spec, eps, told, partitions)
     if params is None and (weight is not None or bias is not None):
-        rule = f"{'weight' if weight is not None else 'bias'} is given, and affine= does not say what its axes are"
-        received = shown(weight if weight is not None else bias)
-        raise SpecError(say(rule, text=spec.text, received=received, instead='affine="c", say'))
+        raise unnamed_axes(spec, weight, bias)
     whole = spec
     if cumulative is not None:
         spec = spec_along(spec, cumulative)
@@ -143,6 +145,8 @@ def moments(
     >>> m.mean, m.var, m.count
     (tensor([2., 6.]), tensor([1., 1.]), tensor([2, 2]))
     """
+    if sharded is None and process_group is None and _compiling(x):
+        return ops.called_moments(x, pattern, mask, sizes, labels, names)
     spec = Spec.parse(pattern)
     told, partitions = _names(spec, None, sizes, labels, names)
     formula = _formula(spec, Options(), None, tuple(told.items()))
@@ -200,16 +204,22 @@ def run(
     labels: Mapping[str, Partition],
     *,
     tracked: bool = False,
+    apart: bool = False,
     cumulative: bool = False,
     ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Moments | None]:
     """The one way from arguments to a result: prepare, plan, compute. With `tracked`, the moments used, too.
 
-    With `cumulative`, the last axis of the statistics is one that they are cumulated along.
+    With `apart`, these are computed by themselves, and differentiable. With `cumulative`, the last axis of the
+    statistics is one that they are cumulated along.
     """
-    if cumulative and moments is None:
+    if _compiling(x, ranks):
+        how = {"tracked": tracked, "apart": apart, "cumulative": cumulative}
+        return ops.run(formula, x, mask, params, moments, labels, **how)
+    if moments is None and (apart or cumulative):
         read = {name: labels[name] for name in formula.of_moments.lookups if name in labels}
-        moments = own_moments(formula.of_moments, x, mask, read, ranks).cumulative()
+        moments = own_moments(formula.of_moments, x, mask, read, ranks)
+        moments = moments.cumulative() if cumulative else moments
     if type(x) is not Tensor and is_dtensor(x):
         return _placed(formula, x, mask, params, moments, labels, tracked=tracked)
     if isinstance(x, Tensor) and x.is_complex():
@@ -222,9 +232,6 @@ def run(
     if moments is not None:
         external = inward_moments(formula.spec.sets, recipe, moments, x)
         tensors = (*operands, external.count, external.mean, external.m2)
-    if external is None and len(params) < 2 and _compiling() and not _derived(tensors):
-        traced = ops.traced(formula, x, mask, params, labels)
-        return traced[0], Moments(*traced[1:]).outward(recipe.sets) if tracked else None
     differentiated = torch.is_grad_enabled() and _any_requires_grad(tensors)
     transformed = _seen_through(tensors)
     origin = "given" if external is not None else "asked for" if tracked else None
@@ -254,6 +261,8 @@ def own_moments(
     ranks: Ranks = ALONE,
 ) -> Moments:
     """The moments of x, differentiable."""
+    if _compiling(x, ranks):
+        return ops.moments(formula, x, mask, labels)
     if type(x) is not Tensor and is_dtensor(x):
         from .dtensors import Placed
 
@@ -331,10 +340,11 @@ def _complex(
         y, used = _of_whole(inner, of_parts, ranks, wholes)
     else:
         moments.check()
-        used = complexes.BothParts().moments(moments.parts())
+        about = moments if formula.options.center else moments.about(0)  # of both parts, before they are added
+        used = complexes.BothParts().moments(about.parts())
         y, _ = run(halves, of_parts.x, mask, (), used, labels)
-    y = torch.view_as_complex(y)
-    return aten.affine_only(recipe, operands, y), used.joined() if moments is None else moments
+    y = aten.affine_only(recipe, operands, complexes.joined(y))
+    return y, complexes.of_both(used) if moments is None else moments
 
 
 def _placed(
@@ -369,13 +379,15 @@ def _mask_axes(formula: Formula) -> Sequence[Element]:
     return () if formula.spec.mask is None else formula.spec.mask.elements
 
 
-def _compiling() -> bool:
+def _compiling(x: Tensor, ranks: Ranks = ALONE) -> bool:
     """Whether an operator goes into a graph. Exported graphs hold operations that everybody knows.
 
     It is the operator always: on 2 cores torch.compile of the composition took 119 ms for GroupNorm of 16x256x56x56 and
     52 ms for LayerNorm of 32x512x768, where the operator took 26 and 11.
     """
-    return torch.compiler.is_dynamo_compiling()
+    if not torch.compiler.is_dynamo_compiling() or ranks.groups:
+        return False
+    return not (isinstance(x, Tensor) and (x.is_complex() or (type(x) is not Tensor and is_dtensor(x))))
 
 
 def _any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:

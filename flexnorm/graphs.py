@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from .arguments import Label
 from .context import given_here
@@ -122,7 +123,7 @@ class _OfGraphs(Norm):
             if batch is not None:
                 return _read(x, batch, count, "batch", told)
             self._look_for_a_batch(x)
-            return Partition(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
+            return Partition._made(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
         self._check_recomputation(True)
         try:
             return _read(x, around[given_name], None if given_name == also else count, given_name, told)
@@ -135,7 +136,7 @@ class _OfGraphs(Norm):
         Some modules (DeepGCNLayer, nn.Sequential) do not hand batch on, and no error would say so. Who has one graph
         has no such batch, and hears nothing.
         """
-        if self._looks >= 2 or not readable(x):  # a dry run, and the first batch
+        if not readable(x) or self._looks >= 2:  # a dry run, and the first batch
             return
         self._looks += 1
         frame: FrameType | None = sys._getframe(2)
@@ -637,7 +638,7 @@ class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
     ) -> Tensor:
         """Scales x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
         graphs = self._graphs(x, batch, batch_size)
-        size = graphs.counts  # in place of the variance
+        size = graphs._counted() if is_dynamo_compiling() else graphs.counts  # in place of the variance
         return self._apply_norm(x, graphs, Moments(torch.ones_like(size), torch.zeros_like(size), size))
 
 
@@ -783,7 +784,7 @@ class HeteroLayerNorm(Norm, pyg.HeteroLayerNorm):
         if not self.affine:
             return Norm.forward(self, x)
         if type_ptr is not None:
-            type_vec = Partition.from_offsets(type_ptr, device=x.device)
+            type_vec = _of_types(type_ptr, x)
         return Norm.forward(self, x, labels={} if type_vec is None else {"type_vec": type_vec})
 
 
@@ -814,6 +815,7 @@ class HeteroBatchNorm(Norm, pyg.HeteroBatchNorm):
     """
 
     _evaluates_unseen = True
+    _counts_per_set = False
 
     def __init__(
         self,
@@ -841,6 +843,15 @@ class HeteroBatchNorm(Norm, pyg.HeteroBatchNorm):
     def forward(self, x: Tensor, type_vec: Label | None = None) -> Tensor:  # type: ignore[override]
         """Normalizes x, (nodes, channels), by types: type_vec, (nodes,)."""
         return Norm.forward(self, x, labels={} if type_vec is None else {"type_vec": type_vec})
+
+
+def _of_types(type_ptr: Tensor | Sequence[int], x: Tensor) -> Partition:
+    if not (is_dynamo_compiling() and isinstance(type_ptr, Tensor)):
+        return Partition.from_offsets(type_ptr, device=x.device)
+    ends = type_ptr.to(x.device)  # how many rows they make cannot be asked
+    good = (ends[0] == 0) & (ends[-1] == x.shape[0]) & (ends.diff() >= 0).all()
+    torch._assert_async(good, "flexnorm: type_ptr begins with 0, never falls, and ends with the rows of x")
+    return Partition._between(ends, x.shape[0])
 
 
 def _wide(x: Tensor) -> Tensor:

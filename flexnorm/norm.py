@@ -100,9 +100,9 @@ class Norm(nn.Module):
         self._spec = Spec.parse(pattern)
         self._options = Options(center, scale, eps, activation)
         self.eps = eps
-        if not isinstance(bias, bool) or (dtype is not None and not dtype.is_floating_point):
+        if not isinstance(bias, bool) or (dtype is not None and not (dtype.is_floating_point or dtype.is_complex)):
             received = f"bias={shown(bias)}, dtype={dtype}"
-            rule, instead = "bias is True or False, and dtype a floating type", "bias=False, dtype=torch.float32"
+            rule, instead = "bias is True or False, and dtype floating or complex", "bias=False, dtype=torch.float32"
             raise SpecError(say(rule, received=received, instead=instead))
         self._affine = None if affine is None else self._spec.read(affine, "affine")
         self._conditional = None if conditional is None else self._spec.read(conditional, "conditional")
@@ -142,10 +142,19 @@ class Norm(nn.Module):
         if track_running_stats:
             shape = self._fixed_shape(self._spec.sets, "running statistics")
             self.running_mean = torch.empty(shape, device=device, dtype=dtype)
-            self.running_var = torch.empty(shape, device=device, dtype=dtype)
-            per_set = momentum is None and any(True for _ in self._spec.sets.lookups())
+            real = dtype.to_real() if dtype is not None and dtype.is_complex else dtype
+            self.running_var = torch.empty(shape, device=device, dtype=real)
+            per_set = self._counts_per_set and momentum is None and any(True for _ in self._spec.sets.lookups())
             self.num_batches_tracked = torch.empty(shape if per_set else (), device=device, dtype=torch.int64)
         self.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """One counter, of a layer with a momentum, is that of every set."""
+        key, own = f"{prefix}num_batches_tracked", self.num_batches_tracked
+        given = state_dict.get(key)
+        if own is not None and own.dim() and isinstance(given, Tensor) and given.dim() == 0:
+            state_dict[key] = given.expand(own.shape).clone()
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batch seen."""
@@ -211,8 +220,8 @@ class Norm(nn.Module):
             mask: bool (membership) or floating (weights), over the axes behind the comma.
             weight, bias: over the axes of `conditional`, applied after the learned ones.
             moments: statistics to use instead of x's own.
-            return_moments: return the result and the `Moments` that it was normalized by, and update nothing:
-                training as a function, for `torch.func`. `updated` says what becomes of the running statistics.
+            return_moments: return the result and the `Moments` that it was normalized by, differentiable, and update
+                nothing: training as a function, for `torch.func`. `updated` says what the running statistics become.
             labels, **names: the labels that are no part of the layer.
         """
         dynamic: dict[str, Label] = names if labels is None else self._both(names, labels)
@@ -252,21 +261,25 @@ class Norm(nn.Module):
         mean, var = self._buffers.get("running_mean"), self._buffers.get("running_var")
         running = None
         if moments is None and mean is not None and var is not None:
-            running = Moments(torch.ones_like(mean), mean, var)
+            running = Moments(torch.ones_like(var), mean, var)
+            if isinstance(x, Tensor) and x.is_complex() != mean.is_complex():
+                received, instead = f"x of {x.dtype}, running_mean of {mean.dtype}", f"Norm(..., dtype={x.dtype})"
+                rule = "running means are complex where x is, and only there"
+                raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
             if not self.training:
                 self._check_seen(mean, var)
                 moments = running
         if mask is not None and not torch.compiler.is_compiling():
             self.__dict__["_masked"] = True
         partitions = self.labels if self._static else {}
-        tracked = return_moments or (self.training and running is not None)
+        tracked = self.training and running is not None and not return_moments
         ranks = ALONE if self._sharding is None or moments is not None else self._ranks()
         if ranks is ALONE:
-            y, used = self._run(x, mask, weight, bias, moments, dynamic, partitions, tracked, ranks)
+            y, used = self._run(x, mask, weight, bias, moments, dynamic, partitions, tracked, return_moments, ranks)
         else:
             with ranks:
-                y, used = self._run(x, mask, weight, bias, moments, dynamic, partitions, tracked, ranks)
-        if tracked and not return_moments and used is not None:
+                y, used = self._run(x, mask, weight, bias, moments, dynamic, partitions, tracked, return_moments, ranks)
+        if tracked and used is not None:
             self._track(used)
         return y, used
 
@@ -280,6 +293,7 @@ class Norm(nn.Module):
         dynamic: Mapping[str, Any],
         partitions: dict[str, Partition],
         tracked: bool,
+        apart: bool,
         ranks: Ranks,
     ) -> tuple[Tensor, Moments | None]:
         self._read(dynamic, partitions)
@@ -288,8 +302,8 @@ class Norm(nn.Module):
         if self.eps != formula.options.eps:  # somebody set it anew
             options = replace(self._options, eps=self.eps)
             formula = self._formula = Formula(formula.spec, options, formula.affines, self._sizes)
-        along = self._cumulative is not None
-        return run(formula, x, mask, params, moments, partitions, tracked=tracked, cumulative=along, ranks=ranks)
+        how = {"tracked": tracked, "apart": apart, "cumulative": self._cumulative is not None}
+        return run(formula, x, mask, params, moments, partitions, **how, ranks=ranks)
 
     # --- many machines
 
@@ -383,7 +397,7 @@ class Norm(nn.Module):
                     instead="the state of the same stream; None for the first chunk of another",
                 )
             )
-        until = each(lambda before, new: torch.cat([before[..., None].to(new.dtype), new], -1), past, m).cumulative()
+        until = each(lambda before, new: torch.cat([before[..., None], new], -1), past, m).cumulative()
         y, _ = self._normalize(x, mask, weight, bias, each(lambda t: t[..., 1:], until), dynamic)
         new = each(lambda t: t[..., -1], until)
         assert new.low is not None
@@ -394,6 +408,7 @@ class Norm(nn.Module):
     _masked = False  # whether it was ever called with a mask, as `flexnorm.privacy` asks
     _collected: tuple[Moments, ...] | None = None  # while `calibrate` goes through the batches
     _evaluates_unseen = False  # as the layers of others do, which begin with mean 0 and variance 1
+    _counts_per_set = True  # where momentum is None and labels name sets; those of others have one counter
 
     def updated(self, seen: Moments) -> dict[str, Tensor]:
         """The running statistics, as buffers, after a batch of these moments. Nothing is changed.
@@ -403,6 +418,11 @@ class Norm(nn.Module):
         >>> list(norm.updated(seen))
         ['running_mean', 'running_var', 'num_batches_tracked']
         """
+        old = self.running_mean
+        if not isinstance(seen, Moments) or (old is not None and seen.mean.shape != old.shape):
+            received = f"moments of shape {tuple(seen.mean.shape)}" if isinstance(seen, Moments) else shown(seen)
+            rule, instead = "running statistics move to Moments of the same sets", "norm(x, return_moments=True)[1]"
+            raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
         return self._updated(seen)
 
     def _updated(self, *seen: Moments) -> dict[str, Tensor]:
@@ -412,7 +432,9 @@ class Norm(nn.Module):
             rule, instead = "a layer that keeps running statistics is built so", "Norm(..., track_running_stats=True)"
             raise SpecError(say(rule, received=f"{self}", instead=instead))
         values = self._values(*seen)
-        counted = values[0 if self.momentum is not None else 1][1]
+        if self.momentum is None:  # one counter for both, so what has no variance counts for neither
+            values = (values[0][0], values[1][1]), values[1]
+        counted = values[0][1]
         batches = batches + (counted if batches.dim() else counted.any())  # a batch of nothing is none
         moved = []
         for old, (value, known) in zip((mean, var), values, strict=True):
@@ -555,6 +577,8 @@ class Norm(nn.Module):
     def _partition(self, name: str) -> Partition:
         """A static label, from its buffer; kept until the buffer is another one, or was written."""
         buffer = self.get_buffer(_buffer(name))
+        if torch.compiler.is_dynamo_compiling():  # the operator checks them
+            return Partition._made(buffer, self._counts[name])
         if buffer.is_inference() or not readable(buffer):
             return self._as_partition(name, buffer, self._counts[name])
         kept = self._built.get(name)
@@ -670,6 +694,9 @@ def calibrate(
     if not norms:
         received, instead = shown(type(model).__name__), "torch.optim.swa_utils.update_bn, for layers of torch.nn"
         raise SpecError(say("norms with running statistics are calibrated", received=received, instead=instead))
+    if isinstance(batches, Tensor):
+        rule, instead = "batches are several: an iterable of what the model takes", "calibrate(model, [x])"
+        raise SpecError(say(rule, received=shown(batches), instead=instead))
     modes = [(module, module.training) for module in model.modules()]
     seen = 0
     try:
@@ -703,7 +730,8 @@ def calibrate(
 
 
 def _checked(momentum: float | None) -> float | None:
-    if momentum is not None and not (isinstance(momentum, (int, float)) and 0 <= momentum <= 1):
+    number = isinstance(momentum, (int, float)) and not isinstance(momentum, bool)
+    if momentum is not None and not (number and 0 <= momentum <= 1):
         raise SpecError(
             say(
                 "momentum is the weight of the new value, from 0 to 1; None averages all batches alike",

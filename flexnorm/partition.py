@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_dynamo_compiling
 from torch.utils import _pytree as pytree
 
 from .errors import ShapeError, SpecError, as_int, say, shown
@@ -91,11 +93,22 @@ class Partition:
         object.__setattr__(made, "count", count)
         return made
 
+    @classmethod
+    def _between(cls, ends: Tensor, total: int) -> Partition:
+        """`from_offsets` for so many elements, of offsets known to be good: it waits for no device."""
+        places = torch.arange(total, dtype=ends.dtype, device=ends.device)
+        last = max(ends.numel() - 2, 0)
+        ids = torch.searchsorted(ends[1:].contiguous(), places, right=True).clamp(max=last)
+        return cls._made(ids, ends.numel() - 1)
+
     # --- what is costly, once ----------------------------------------------------------------------------------------
 
     @cached_property
     def counts(self) -> Tensor:
         """Number of elements of every group: int64 of shape (count,)."""
+        return self._counted()
+
+    def _counted(self) -> Tensor:  # by itself, as dynamo knows no lock, which cached_property has before Python 3.12
         ones = torch.ones(self.ids.numel(), dtype=torch.int64, device=self.ids.device)
         return torch.zeros(self.count, dtype=torch.int64, device=self.ids.device).index_add(0, self.ids.flatten(), ones)
 
@@ -210,7 +223,10 @@ def _check_integers(ids: object, name: str) -> None:
 
 def whole(value: object, name: str, least: int = 0) -> int:
     """The value as an int, if it is a whole number and not below `least`."""
-    number = as_int(value)
+    if is_dynamo_compiling() and isinstance(value, int) and not isinstance(value, bool):
+        number: int | None = value  # a symbol, perhaps, of which dynamo does not say that it has an __index__
+    else:
+        number = as_int(value)
     if number is None or not least <= number < 2**63:
         rule, received = f"{name} is a whole number of {least} or more", f"{name}={shown(value)}"
         raise SpecError(say(rule, received=received, instead=f"{name}=8, say"))
@@ -219,14 +235,15 @@ def whole(value: object, name: str, least: int = 0) -> int:
 
 def readable(t: Tensor) -> bool:
     """Whether there are values to look at: not on meta or fake tensors, nor while torch.func or a compiler traces."""
-    traced = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-    return not (traced or t.is_meta or isinstance(t, FakeTensor))
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return not (traced or t.is_meta or isinstance(t, (FakeTensor, FunctionalTensor)))
 
 
 def _check_range(ids: Tensor, count: int) -> None:
     """0 <= id < count: at once on CPU, by a device-side assertion elsewhere and while tracing."""
     if torch.compiler.is_compiling():
-        torch._assert_async(((ids >= 0) & (ids < count)).all(), f"flexnorm: ids must be from 0 to {count - 1}")
+        most = "count - 1" if is_dynamo_compiling() else count - 1  # a number would be compiled in
+        torch._assert_async(((ids >= 0) & (ids < count)).all(), f"flexnorm: ids must be from 0 to {most}")
     if not readable(ids) or ids.numel() == 0:
         return
     good = (ids >= 0) & (ids < count)

@@ -153,7 +153,7 @@ def _fitted(valid: Tensor, name: str, shape: tuple[int, ...]) -> Tensor:
 
 def _checked_lengths(lengths: Lengths, shape: tuple[int, ...], time: int) -> Tensor:
     """One length for every sequence, from 0 to time."""
-    steps = _steps(lengths, f"(lengths * {time}).round().long(), if these are parts of the time of x")
+    steps = _steps(lengths, lambda: f"(lengths * {time}).round().long(), if these are parts of the time of x")
     if tuple(steps.shape) != shape:
         raise ShapeError(
             say(
@@ -164,13 +164,12 @@ def _checked_lengths(lengths: Lengths, shape: tuple[int, ...], time: int) -> Ten
                 else "a length for every sequence of x",
             )
         )
-    rule = f"lengths are from 0 to the time of x, {time}"
     _assure(
         ((steps >= 0) & (steps <= time)).all(),
-        rule,
+        "lengths are from 0 to the time of x",
         lambda: ShapeError(
             say(
-                rule,
+                f"lengths are from 0 to the time of x, {time}",
                 received=f"lengths={shown(steps.tolist())}",
                 instead=f"frame_lengths(lengths, conv), if x went through convolutions; lengths.clamp(0, {time}), if "
                 "it was cut",
@@ -180,7 +179,7 @@ def _checked_lengths(lengths: Lengths, shape: tuple[int, ...], time: int) -> Ten
     return steps
 
 
-def _steps(lengths: Lengths, of_floating: str) -> Tensor:
+def _steps(lengths: Lengths, of_floating: Callable[[], str]) -> Tensor:
     """lengths as a tensor of integers."""
     if isinstance(lengths, (list, tuple)) and all(as_int(value) is not None for value in lengths):
         return torch.tensor(lengths, dtype=torch.int64, device="cpu")  # whatever the default device is
@@ -191,7 +190,7 @@ def _steps(lengths: Lengths, of_floating: str) -> Tensor:
         say(
             "lengths are whole numbers of steps: a tensor of integers, or a list",
             received=f"lengths={shown(lengths)}",
-            instead=of_floating if floating else "lengths=torch.tensor([12, 9])",
+            instead=of_floating() if floating else "lengths=torch.tensor([12, 9])",
         )
     )
 
@@ -207,7 +206,8 @@ def _range(t: Tensor) -> str:
 
 
 def _assure(good: Tensor, rule: str, error: Callable[[], ValueError]) -> None:
-    """Raises at once where the value can be read without waiting; elsewhere a device-side assertion does."""
+    """Raises at once where the value can be read without waiting; elsewhere a device-side assertion does, whose rule
+    holds no numbers, as they would be compiled in."""
     if torch.compiler.is_compiling() or (readable(good) and good.device.type != "cpu"):
         torch._assert_async(good, f"flexnorm: {rule}")
     elif readable(good) and not good:
@@ -237,7 +237,7 @@ def _segments(cu_seqlens: Tensor | Partition, total: int, device: torch.device) 
     ends = cu_seqlens.to(device)
     _assure(
         (ends[0] == 0) & (ends[-1] == total) & (ends.diff() >= 0).all(),
-        f"cu_seqlens begin with 0, never fall, and end with the rows of x, {total}",
+        "cu_seqlens begin with 0, never fall, and end with the rows of x",
         lambda: ShapeError(
             say(
                 f"cu_seqlens begin with 0, never fall, and end with the rows of x, {total}",
@@ -246,20 +246,14 @@ def _segments(cu_seqlens: Tensor | Partition, total: int, device: torch.device) 
             )
         ),
     )
-    return _between(ends, total)
-
-
-def _between(ends: Tensor, total: int) -> Partition:
-    rows = torch.arange(total, dtype=ends.dtype, device=ends.device)
-    last = ends.numel() - 2
-    return Partition(torch.searchsorted(ends[1:].contiguous(), rows, right=True).clamp(max=max(last, 0)), last + 1)
+    return Partition._between(ends, total)
 
 
 def _jagged_rows(x: Any) -> tuple[Partition, Tensor | None]:
     """Which sequence every row of `x.values()` belongs to, and which rows do: `torch.nested.narrow` leaves holes."""
     starts, lengths = x.offsets(), x.lengths()
     total = x.values().shape[x._ragged_idx - 1]
-    segments = _between(starts, total)
+    segments = Partition._between(starts, total)
     if lengths is None:
         return segments, None
     place = torch.arange(total, device=starts.device) - starts[segments.ids]
@@ -568,7 +562,7 @@ def frame_lengths(lengths: Lengths, *layers: Layer, axis: int = -1) -> Tensor:
     >>> frame_lengths([10, 7], nn.Sequential(nn.Conv1d(1, 4, 3, stride=2), nn.ReLU(), nn.MaxPool1d(2)))
     tensor([2, 1])
     """
-    steps = _steps(lengths, "lengths.round().long()")
+    steps = _steps(lengths, lambda: "lengths.round().long()")
     for layer in layers:
         if _is_window(layer):
             kernel, stride, padding, dilation = (*layer, *(1, 0, 1)[len(layer) - 1 :])

@@ -136,7 +136,11 @@ class Moments:
             received, instead = f"axis={axis}, shape {tuple(self.mean.shape)}", "axis=-1, the last"
             raise ShapeError(say("the axis is one of the moments", received=received, instead=instead))
         last = each(lambda t: t.movedim(axis, -1), self)
-        return each(lambda t: t.movedim(-1, axis), _up_to(last))
+        if torch.compiler.is_dynamo_compiling() and not self.mean.is_complex():  # one operation, for any length
+            up_to = Moments(*torch.ops.flexnorm.cumulative(last.count, last.mean, last.m2, last._low))
+        else:
+            up_to = _up_to(last)
+        return each(lambda t: t.movedim(-1, axis), up_to)
 
     def coarsen(self, pattern: str, *, sizes: Sizes | None = None, **labels: Partition) -> Moments:
         """The moments of larger sets: `m.coarsen("n c -> n")` of moments that stand per n and c.
@@ -147,6 +151,11 @@ class Moments:
         >>> m.coarsen("n -> ")
         Moments(count=tensor(4), mean=tensor(3.), m2=tensor(18.))
         """
+        if torch.compiler.is_dynamo_compiling() and all(isinstance(label, Partition) for label in labels.values()):
+            told = {**{name: label.count for name, label in labels.items()}, **(sizes or {})}
+            text = repr((pattern, list(labels), list(sizes or {})))
+            fields, ids = [self.count, self.mean, self.m2, self._low], [label.ids for label in labels.values()]
+            return Moments(*torch.ops.flexnorm.coarsen(fields, ids, list(told.values()), text))
         spec = Spec.parse(pattern)
         if spec.mask is not None:
             rule, instead = "moments have counts, so they take no mask", f'"{spec.x} -> {spec.sets}"'
@@ -213,9 +222,10 @@ class Moments:
         return each(sets.inward, self.rounded(dtype))
 
     def rounded(self, dtype: torch.dtype) -> Moments:
-        """Mean, M2 and low in this dtype; low takes what the mean loses."""
-        mean = self.mean.to(dtype)
-        low = (self.mean - mean).to(dtype) + self._low.to(dtype)
+        """Mean, M2 and low in this dtype (complex means in that of such parts); low takes what the mean loses."""
+        of_means = dtype.to_complex() if self.mean.is_complex() else dtype
+        mean = self.mean.to(of_means)
+        low = (self.mean - mean).to(of_means) + self._low.to(of_means)
         return Moments(self.count, mean, self.m2.to(dtype), low)
 
     # --- complex numbers: real and imaginary part as one more axis, the last
@@ -223,7 +233,10 @@ class Moments:
     def parts(self) -> Moments:
         """Those of real and imaginary part. Of M2, which is known of both together, each gets half."""
         count, m2 = (torch.stack([t, t], -1) for t in (self.count, self.m2 / 2))
-        return Moments(count, torch.view_as_real(self.mean), m2, torch.view_as_real(self._low))
+        mean, low = (
+            torch.stack([t.real, t.imag if t.is_complex() else torch.zeros_like(t)], -1) for t in (self.mean, self._low)
+        )
+        return Moments(count, mean, m2, low)
 
     def joined(self) -> Moments:
         """The reverse of `parts`."""

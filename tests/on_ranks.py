@@ -220,6 +220,19 @@ def steps_of_fsdp(rank, world, x, target, sizes):
     }
 
 
+def steps_of_streams(rank, world, x, sizes):
+    """Rows of a stream on every rank, chunk by chunk."""
+    norm = Norm("n c t -> c", cumulative="t", sharded="n")
+    mine = part(x, 0, sizes, rank).clone().requires_grad_()
+    state, chunks = None, []
+    for chunk in mine.split(3, -1):
+        y, state = norm.step(chunk, state)
+        chunks.append(y)
+    y = torch.cat(chunks, -1)
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), mine)
+    return y, norm(mine), dx
+
+
 def calibrated(rank, world, x, sizes):
     from flexnorm import calibrate
 

@@ -283,6 +283,16 @@ def test_under_fsdp2(two):
             torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-10)
 
 
+def test_streams_over_ranks(two):
+    x = torch.randn(5, 2, 7, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    expected = normalize(leaf, "n c t -> c", cumulative="t")
+    (dx,) = torch.autograd.grad(expected.pow(3).sum(), leaf)
+    results = two.run(on_ranks.steps_of_streams, x, [1, 4])
+    for i, whole in enumerate((expected.detach(), expected.detach(), dx)):
+        torch.testing.assert_close(torch.cat([r[i] for r in results]), whole, rtol=1e-9, atol=1e-9)
+
+
 def test_calibrated_over_ranks(two):
     x = torch.randn(9, 3)
     norm = Norm("n c -> c", c=3, track_running_stats=True)

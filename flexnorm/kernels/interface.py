@@ -127,5 +127,5 @@ class Room(Protocol):
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics are computed in float32, those of float64 in float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """Statistics are computed in float32, those of float64 in float64. For complex numbers, that of the parts."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
