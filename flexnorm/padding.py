@@ -360,6 +360,7 @@ class _GroupNorm(_Masked, nn.GroupNorm):
 class _Channelwise(_Masked):
     """Instance and batch norm: each channel alone."""
 
+    _evaluates_unseen = True
     pattern: str
 
     @classmethod

@@ -388,7 +388,7 @@ CALLS = [
           instead:  "n c t, c -> kind[c]", or kind=ids if it is this label
     """),
     (lambda: normalize(x.long(), "n c t -> n"), SpecError, """
-        x is a floating tensor
+        x is a floating or complex tensor
             n c t -> n
             ^ ^ ^
           received: x of torch.int64
@@ -552,7 +552,7 @@ CALLS = [
           instead:  ty=ids
     """),
     (lambda: Norm("n c t -> n", affine="c", c=32, dtype=torch.int64), SpecError, """
-        bias is True or False, and dtype a floating type
+        bias is True or False, and dtype floating or complex
           received: bias=True, dtype=torch.int64
           instead:  bias=False, dtype=torch.float32
     """),
