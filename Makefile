@@ -27,7 +27,7 @@ demo: env
 	$(BIN)/python examples/tour.py
 
 test: env
-	$(BIN)/python -m pytest --quiet -n $(JOBS)
+	$(BIN)/python -m pytest --quiet -n $(JOBS) --dist worksteal
 
 test-fast: env
 	$(BIN)/python -m pytest --quiet -n $(JOBS) -m "not slow"

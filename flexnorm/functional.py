@@ -217,6 +217,8 @@ def run(
         how = {"tracked": tracked, "apart": apart, "cumulative": cumulative}
         return ops.run(formula, x, mask, params, moments, labels, **how)
     if moments is None and (apart or cumulative):
+        if ranks.groups:  # nothing may raise on one rank alone once the moments have gone around
+            formula.prepare(x, mask, params, labels)
         read = {name: labels[name] for name in formula.of_moments.lookups if name in labels}
         moments = own_moments(formula.of_moments, x, mask, read, ranks)
         moments = moments.cumulative() if cumulative else moments

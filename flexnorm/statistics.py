@@ -234,7 +234,7 @@ class Moments:
         """Those of real and imaginary part. Of M2, which is known of both together, each gets half."""
         count, m2 = (torch.stack([t, t], -1) for t in (self.count, self.m2 / 2))
         mean, low = (
-            torch.stack([t.real, t.imag if t.is_complex() else torch.zeros_like(t)], -1) for t in (self.mean, self._low)
+            torch.view_as_real(t if t.is_complex() else t.to(t.dtype.to_complex())) for t in (self.mean, self._low)
         )
         return Moments(count, mean, m2, low)
 
