@@ -196,6 +196,8 @@ class Formula:
     @cached_property
     def of_moments(self) -> Formula:
         """The formula that says of the same sets what their moments are, whatever is made of them."""
+        if self.options == Options() and not self.affines:
+            return self
         return Formula(self.spec, Options(), (), dict(self.sizes))
 
     def __reduce__(self) -> tuple[Any, ...]:

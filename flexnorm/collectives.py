@@ -50,9 +50,12 @@ def group_of(process_group: Any) -> Any:
     return process_group
 
 
-def gather(t: Tensor, group: Any) -> Tensor:
-    """The tensors of all ranks, in their order: (rank, ...). They have one shape."""
-    gathered: Tensor = _Gather.apply(t, group)  # type: ignore[no-untyped-call]
+def gather(t: Tensor, group: Any, *, replicated: bool = False) -> Tensor:
+    """The tensors of all ranks, in their order: (rank, ...). They have one shape.
+
+    With `replicated`, the loss is one, which all ranks compute alike, as with DTensors.
+    """
+    gathered: Tensor = _Gather.apply(t, group, replicated)  # type: ignore[no-untyped-call]
     return gathered
 
 
@@ -77,16 +80,16 @@ class _Add(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
-        ctx.group = group
+    def forward(ctx: Any, t: Tensor, group: Any, replicated: bool) -> Tensor:
+        ctx.group, ctx.replicated = group, replicated
         t = t.contiguous()
         parts = [torch.empty_like(t) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, t, group=group)
         return torch.stack(parts)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return add(dy, ctx.group)[dist.get_rank(ctx.group)], None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return (dy if ctx.replicated else add(dy, ctx.group))[dist.get_rank(ctx.group)], None, None
 
 
 def agree(

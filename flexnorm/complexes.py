@@ -45,7 +45,10 @@ def in_parts(formula: Formula) -> Formula:
             )
         )
     o = formula.options
-    return _in_parts(formula.spec, Options(o.center, o.scale, o.eps), formula.sizes)
+    kept = (
+        _in_parts if all(type(size) is int for _, size in formula.sizes) else _in_parts.__wrapped__
+    )  # a symbol is not
+    return kept(formula.spec, Options(o.center, o.scale, o.eps), formula.sizes)
 
 
 @lru_cache(maxsize=1024)

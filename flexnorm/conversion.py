@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from .errors import SpecError, say
-from .functional import ALONE
 from .norm import Norm
-from .ranks import Ranks, Sharding
+from .ranks import Sharding
 
 __all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
 
@@ -29,7 +27,7 @@ class SyncBatchNorm(Norm, _BatchNorm):
         momentum: weight of the new value in the running statistics; None: the average of all batches.
         affine: learn weight and bias, of shape (C,).
         track_running_stats: keep running means and (unbiased) variances, and use them in evaluation.
-        process_group: of `torch.distributed`; None is the default one, at the first call.
+        process_group: of `torch.distributed`; None is the default one, at every call.
         device, dtype: of parameters and buffers.
 
     Shapes: x is (N, C, *spatial); N may differ from rank to rank, and be 0. The result is alike.
@@ -38,7 +36,7 @@ class SyncBatchNorm(Norm, _BatchNorm):
 
     Raises:
         RuntimeError: another rank has failed, or a copy of the layer has no process group where the layer had one.
-        ValueError: there is one value per channel, on all ranks together.
+        ValueError: there is one value per channel, and no other rank.
 
     >>> norm = SyncBatchNorm(8)
     >>> norm(torch.randn(4, 8, 5, 5)).shape
@@ -71,12 +69,11 @@ class SyncBatchNorm(Norm, _BatchNorm):
             eps=eps,
             track_running_stats=track_running_stats,
             momentum=momentum,
-            sharded="n ...",
-            process_group=process_group,
             device=device,
             dtype=dtype,
         )
         self.num_features, self.affine = num_features, affine
+        self._sharding = Sharding(self._spec, "n ...", process_group, as_torch=True)
 
     extra_repr = _BatchNorm.extra_repr
 
@@ -87,10 +84,6 @@ class SyncBatchNorm(Norm, _BatchNorm):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         return Norm.forward(self, input)
 
-    def _ranks(self) -> Ranks:
-        alone = self.process_group is None and not (dist.is_available() and dist.is_initialized())
-        return ALONE if alone or not self.training else super()._ranks()
-
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
     """Makes every batch norm of a model a `SyncBatchNorm`, as `nn.SyncBatchNorm.convert_sync_batchnorm` does.
@@ -99,24 +92,30 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
 
     Args:
         model: changed in place, unless it is a batch norm itself.
-        process_group: of `torch.distributed`; None is the default one, at the first call.
+        process_group: of `torch.distributed`; None is that of an `nn.SyncBatchNorm`, otherwise the default one.
 
     Returns:
         The model.
 
     Raises:
-        SpecError: a batch norm is lazy, and does not know its channels yet. Nothing is changed then.
+        SpecError: a batch norm is lazy and does not know its channels yet, or computes something else than torch's.
+            Nothing is changed then.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     >>> convert_sync_batchnorm(model)[1]
     SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
     """
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and isinstance(module, LazyModuleMixin):
-            received, instead = f"{name}: {module}", "one call of the model first"
-            raise SpecError(
-                say("a lazy batch norm gets its channels at the first call", received=received, instead=instead)
-            )
+        if not isinstance(module, _BatchNorm) or isinstance(module, Norm):
+            continue
+        rule = None
+        if isinstance(module, LazyModuleMixin):
+            rule, instead = "a lazy batch norm gets its channels at the first call", "one call of the model first"
+        elif type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+            rule = "a batch norm with a forward of its own would lose what that does"
+            instead = "convert_sync_batchnorm of the parts without it; SyncBatchNorm in the class itself"
+        if rule is not None:
+            raise SpecError(say(rule, received=f"{name}: {type(module).__name__}", instead=instead))
     return _converted(model, process_group, {})
 
 
@@ -126,7 +125,7 @@ def _converted(module: nn.Module, group: Any, done: dict[int, nn.Module]) -> nn.
         done[id(module)] = module
         if isinstance(module, Norm) and isinstance(module, _BatchNorm):  # a drop-in of ours
             pooled = [str(atom) for atom in module._spec.x.atoms() if atom not in list(module._spec.sets.atoms())]
-            module._sharding = Sharding(module._spec, pooled, group)
+            module._sharding = Sharding(module._spec, pooled, group, as_torch=True)
         elif isinstance(module, _BatchNorm):
             done[id(module)] = _synchronized(module, group)
         else:
@@ -138,7 +137,9 @@ def _converted(module: nn.Module, group: Any, done: dict[int, nn.Module]) -> nn.
 
 def _synchronized(module: _BatchNorm, group: Any) -> SyncBatchNorm:
     options = (module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+    group = getattr(module, "process_group", None) if group is None else group
     made = SyncBatchNorm(*options, process_group=group, device="meta")
+    made.__dict__.update({name: value for name, value in module.__dict__.items() if name.endswith("_hooks")})
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
         setattr(made, name, getattr(module, name))
     made.training = module.training

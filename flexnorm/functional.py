@@ -110,18 +110,19 @@ def normalize(
         return ops.called(x, pattern, mask, stages, affine, options, moments, cumulative, sizes, labels, names)
     spec = Spec.parse(pattern)
     params = None if affine is None else spec.read(affine, "affine")
-    told, partitions = _names(spec, params, sizes, labels, names)
-    check_eps(spec, eps, told, partitions)
-    if params is None and (weight is not None or bias is not None):
-        raise unnamed_axes(spec, weight, bias)
-    whole = spec
-    if cumulative is not None:
-        spec = spec_along(spec, cumulative)
-    formula = _formula(spec, options, params, tuple(told.items()))
-    given = (x, mask, () if params is None else ((weight, bias),), moments, partitions)
-    if sharded is None and process_group is None:
-        return run(formula, *given, cumulative=cumulative is not None)[0]
-    with ranks_of(whole, sharded, process_group, cumulative) as ranks:
+    ranks = ALONE
+    if sharded is not None or process_group is not None:
+        ranks = ranks_of(spec, sharded, process_group, cumulative)
+        ranks = ALONE if moments is not None else ranks
+    with ranks:
+        told, partitions = _names(spec, params, sizes, labels, names)
+        check_eps(spec, eps, told, partitions)
+        if params is None and (weight is not None or bias is not None):
+            raise unnamed_axes(spec, weight, bias)
+        if cumulative is not None:
+            spec = spec_along(spec, cumulative)
+        formula = _formula(spec, options, params, tuple(told.items()))
+        given = (x, mask, () if params is None else ((weight, bias),), moments, partitions)
         return run(formula, *given, cumulative=cumulative is not None, ranks=ranks)[0]
 
 
@@ -148,11 +149,10 @@ def moments(
     if sharded is None and process_group is None and _compiling(x):
         return ops.called_moments(x, pattern, mask, sizes, labels, names)
     spec = Spec.parse(pattern)
-    told, partitions = _names(spec, None, sizes, labels, names)
-    formula = _formula(spec, Options(), None, tuple(told.items()))
-    if sharded is None and process_group is None:
-        return own_moments(formula, x, mask, partitions)
-    with ranks_of(spec, sharded, process_group) as ranks:
+    ranks = ALONE if sharded is None and process_group is None else ranks_of(spec, sharded, process_group)
+    with ranks:
+        told, partitions = _names(spec, None, sizes, labels, names)
+        formula = _formula(spec, Options(), None, tuple(told.items()))
         return own_moments(formula, x, mask, partitions, ranks)
 
 
@@ -219,8 +219,9 @@ def run(
     if moments is None and (apart or cumulative):
         if ranks.groups:  # nothing may raise on one rank alone once the moments have gone around
             formula.prepare(x, mask, params, labels)
-        read = {name: labels[name] for name in formula.of_moments.lookups if name in labels}
-        moments = own_moments(formula.of_moments, x, mask, read, ranks)
+        elif type(x) is not Tensor and is_dtensor(x):
+            _check_placed(formula, x, mask, params, labels)
+        moments = own_moments(formula, x, mask, labels, ranks)
         moments = moments.cumulative() if cumulative else moments
     if type(x) is not Tensor and is_dtensor(x):
         return _placed(formula, x, mask, params, moments, labels, tracked=tracked)
@@ -265,11 +266,13 @@ def own_moments(
     """The moments of x, differentiable."""
     if _compiling(x, ranks):
         return ops.moments(formula, x, mask, labels)
+    formula = formula.of_moments  # here: dynamo knows no lock, as cached_property has before 3.12
+    labels = {name: labels[name] for name in formula.lookups if name in labels}
     if type(x) is not Tensor and is_dtensor(x):
         from .dtensors import Placed
 
         placed = Placed(formula, x)  # type: ignore[arg-type]
-        with placed.ranks as ranks:
+        with Ranks(placed.ranks.groups, replicated=True) as ranks:  # what becomes of the moments, all compute alike
             where, here = placed.labels(labels), placed.local(mask, _mask_axes(formula))
             m = own_moments(placed.formula, placed.x.to_local(), here, where, ranks)
         return placed.all_moments(m)  # type: ignore[return-value]
@@ -279,7 +282,7 @@ def own_moments(
     recipe, operands = formula.prepare(x, mask, (), labels)
     differentiated = torch.is_grad_enabled() and _any_requires_grad((x, mask))
     if ranks.groups:
-        ranks.agree(recipe, differentiated=differentiated, needed=differentiated)
+        ranks.agree(recipe, x.dtype, differentiated=differentiated, needed=differentiated)
     seen = _seen_through((x, mask)) or (differentiated and mask is not None and mask.requires_grad)
     plan = choose(recipe, operands, differentiated=differentiated, transformed=seen, moments="asked for")
     room: Room = ROOMS[plan.room]
@@ -292,6 +295,8 @@ def own_moments(
     return found.outward(recipe.sets)
 
 
+ops.eager = ops._Eager(run, own_moments)
+
 # --- sets that go on elsewhere ---------------------------------------------------------------------------------------
 
 
@@ -299,7 +304,7 @@ def _of_whole(recipe: Recipe, operands: Operands, ranks: Ranks, wholes: Sequence
     """y and the moments, of sets of which a part lies in x."""
     differentiated = torch.is_grad_enabled() and _any_requires_grad(operands)
     needed = differentiated and _any_requires_grad(operands[:2])
-    needed = ranks.agree(recipe, differentiated=differentiated, needed=needed)
+    needed = ranks.agree(recipe, operands.x.dtype, differentiated=differentiated, needed=needed)
     # Of weights, the kernels know the derivative of a variance that is theirs alone.
     shared = wholes[-1] is not ranks and operands.mask is not None and operands.mask.requires_grad
     transformed = _seen_through(operands) or (differentiated and shared)
@@ -363,7 +368,7 @@ def _placed(
     from .dtensors import Placed
 
     placed = Placed(formula, x)
-    with placed.ranks as ranks:
+    with placed.ranks if moments is None else ALONE as ranks:
         y, used = run(
             placed.formula,
             placed.x.to_local(),
@@ -375,6 +380,21 @@ def _placed(
             ranks=ranks,
         )
     return placed.result(y), placed.all_moments(used) if tracked and moments is None else moments
+
+
+def _check_placed(
+    formula: Formula, x: Any, mask: Tensor | None, params: Sequence[Param], labels: Mapping[str, Partition]
+) -> None:
+    """Raises what is wrong here, and so on all ranks, which are about to agree on the moments."""
+    from .dtensors import Placed
+
+    placed = Placed(formula, x)
+    try:
+        here, where = placed.local(mask, _mask_axes(formula)), placed.labels(labels)
+        placed.formula.prepare(placed.x.to_local(), here, placed.params(params), where)
+    except Exception:
+        with placed.ranks:
+            raise
 
 
 def _mask_axes(formula: Formula) -> Sequence[Element]:
@@ -389,7 +409,7 @@ def _compiling(x: Tensor, ranks: Ranks = ALONE) -> bool:
     """
     if not torch.compiler.is_dynamo_compiling() or ranks.groups:
         return False
-    return not (isinstance(x, Tensor) and (x.is_complex() or (type(x) is not Tensor and is_dtensor(x))))
+    return type(x) is Tensor or not is_dtensor(x)
 
 
 def _any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:

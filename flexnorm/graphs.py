@@ -472,7 +472,7 @@ class InstanceNorm(_OfGraphs, pyg.InstanceNorm):
             affine="c" if self.affine else None,
             eps=self.eps,
         )
-        if self.running_mean is not None:
+        if self.running_mean is not None and self.track_running_stats:
             self._track(*_of_graphs(x, graphs))
         return y
 
@@ -724,7 +724,8 @@ class _BatchNorm1d(Norm, nn.BatchNorm1d):
         mean, var = self.running_mean, self.running_var
         if running and mean is not None and var is not None:
             return Norm.forward(self, x, moments=Moments(torch.ones_like(mean), mean, var))
-        if (self.training or mean is None) and x.dim() > 1 and x.numel() == x.shape[1]:
+        alone = self._sharding is None or not self._ranks().groups
+        if (self.training or mean is None) and alone and x.dim() > 1 and x.numel() == x.shape[1]:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         return Norm.forward(self, x)
 

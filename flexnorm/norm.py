@@ -16,7 +16,7 @@ from .context import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
 from .functional import ALONE, own_moments, run
 from .partition import Partition, readable, whole
-from .ranks import Ranks, Sharding
+from .ranks import Ranks, Sharding, is_dtensor
 from .spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
 from .statistics import Moments, each
 
@@ -44,8 +44,7 @@ class Norm(nn.Module):
             that nothing depends on what comes later. `step` does the same chunk by chunk.
         sharded: axes of x, `"n"`, that are spread over the ranks of a process group: where they are pooled, moments are
             merged across ranks. All ranks make every call; ids of labels are global.
-        process_group: of `torch.distributed`; None is the default one, at the first call. Copies and pickles leave
-            it out.
+        process_group: of `torch.distributed`; None is the default one, at every call. Copies and pickles leave it out.
         sizes: sizes of axes and compositions, for those that cannot be keywords: `{"(g c)": 256}`.
         labels: as keywords, for names that options have.
         device, dtype: of the parameters.
@@ -148,13 +147,20 @@ class Norm(nn.Module):
             self.num_batches_tracked = torch.empty(shape if per_set else (), device=device, dtype=torch.int64)
         self.reset_parameters()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """One counter, of a layer with a momentum, is that of every set."""
+    _version = 2  # as torch's batch norms count: `num_batches_tracked` came with the second
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
+    ) -> None:
+        """One counter, of a layer with a momentum, is that of every set. State of early versions of torch has none."""
         key, own = f"{prefix}num_batches_tracked", self.num_batches_tracked
         given = state_dict.get(key)
         if own is not None and own.dim() and isinstance(given, Tensor) and given.dim() == 0:
             state_dict[key] = given.expand(own.shape).clone()
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        if given is None and own is not None and local_metadata.get("version", 1) < 2:
+            state_dict[key] = torch.ones(own.shape, dtype=own.dtype)  # it has seen something, and may evaluate
+        # nn.Module's, as a batch norm beside this class would add a counter of its own
+        nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *others)
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batch seen."""
@@ -262,17 +268,13 @@ class Norm(nn.Module):
         running = None
         if moments is None and mean is not None and var is not None:
             running = Moments(torch.ones_like(var), mean, var)
-            if isinstance(x, Tensor) and x.is_complex() != mean.is_complex():
-                received, instead = f"x of {x.dtype}, running_mean of {mean.dtype}", f"Norm(..., dtype={x.dtype})"
-                rule = "running means are complex where x is, and only there"
-                raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
             if not self.training:
                 self._check_seen(mean, var)
                 moments = running
         if mask is not None and not torch.compiler.is_compiling():
             self.__dict__["_masked"] = True
         partitions = self.labels if self._static else {}
-        tracked = self.training and running is not None and not return_moments
+        tracked = self.training and self.track_running_stats and running is not None and not return_moments
         ranks = ALONE if self._sharding is None or moments is not None else self._ranks()
         if ranks is ALONE:
             y, used = self._run(x, mask, weight, bias, moments, dynamic, partitions, tracked, return_moments, ranks)
@@ -296,6 +298,11 @@ class Norm(nn.Module):
         apart: bool,
         ranks: Ranks,
     ) -> tuple[Tensor, Moments | None]:
+        mean = self._buffers.get("running_mean")
+        if mean is not None and isinstance(x, Tensor) and x.is_complex() != mean.is_complex():
+            received, instead = f"x of {x.dtype}, running_mean of {mean.dtype}", f"Norm(..., dtype={x.dtype})"
+            rule = "running means are complex where x is, and only there"
+            raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
         self._read(dynamic, partitions)
         params = self._params(weight, bias)
         formula = self._formula
@@ -309,7 +316,7 @@ class Norm(nn.Module):
 
     def _ranks(self) -> Ranks:
         assert self._sharding is not None
-        return self._sharding.ranks()
+        return self._sharding.ranks(self.training)
 
     @property
     def process_group(self) -> Any:
@@ -321,7 +328,8 @@ class Norm(nn.Module):
         if self._sharding is None:
             rule, received = "a process group is one of sharded axes", f"{self}, without sharded="
             raise SpecError(say(rule, received=received, instead='Norm(..., sharded="n", process_group=group)'))
-        self._sharding = Sharding(self._spec, self._sharding.names, group, self._cumulative)
+        old = self._sharding
+        self._sharding = Sharding(self._spec, old.names, group, self._cumulative, as_torch=old.as_torch)
 
     def _check_combination(self, track_running_stats: bool, process_group: Any) -> None:
         """Options that exclude each other."""
@@ -375,33 +383,60 @@ class Norm(nn.Module):
         if self._cumulative is None:
             rule, instead = "a layer that takes steps knows the axis they go along", 'Norm(..., cumulative="t")'
             raise SpecError(say(rule, text=self._spec.text, received=f"{self}", instead=instead))
-        four = isinstance(state, (tuple, list)) and len(state) == 4 and all(isinstance(t, Tensor) for t in state)
-        if not (state is None or four):
-            received, instead = f"state={shown(state)}", "the second of what norm.step(x) returned"
-            raise SpecError(say("a state is that of an earlier step: four tensors", received=received, instead=instead))
         dynamic: dict[str, Label] = names if labels is None else self._both(names, labels)
         if something_given() or self._was_given:
             mask = self._from_around(given_here(), mask, dynamic)
         partitions = self.labels if self._static else {}
-        with ALONE if self._sharding is None else self._ranks() as ranks:
-            self._read(dynamic, partitions)
-            m = own_moments(self._formula.of_moments, x, mask, partitions, ranks)
-        past = each(lambda t: t.new_zeros(t.shape[:-1]), m) if state is None else Moments(*state)
-        past.check()
-        if past.mean.shape != m.mean.shape[:-1]:
-            raise ShapeError(
-                say(
-                    f"the state is one of these sets: shape {tuple(m.mean.shape[:-1])}",
-                    text=self._spec.text,
-                    received=f"a state of shape {tuple(past.mean.shape)}",
-                    instead="the state of the same stream; None for the first chunk of another",
-                )
-            )
+        ranks = ALONE if self._sharding is None else self._ranks()
+        given = (x, mask, weight, bias, state, dynamic, partitions, ranks)
+        if ranks.groups:
+            with ranks:
+                m, past = self._chunk(*given)
+        else:  # a compiler knows no such block
+            m, past = self._chunk(*given)
         until = each(lambda before, new: torch.cat([before[..., None], new], -1), past, m).cumulative()
         y, _ = self._normalize(x, mask, weight, bias, each(lambda t: t[..., 1:], until), dynamic)
         new = each(lambda t: t[..., -1], until)
         assert new.low is not None
         return y, (new.count, new.mean, new.m2, new.low)
+
+    def _chunk(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        state: Sequence[Tensor] | None,
+        dynamic: Mapping[str, Any],
+        partitions: dict[str, Partition],
+        ranks: Ranks,
+    ) -> tuple[Moments, Moments]:
+        """The moments of a chunk, and those of the state. Whatever may raise does so before ranks are asked."""
+        four = isinstance(state, (tuple, list)) and len(state) == 4 and all(isinstance(t, Tensor) for t in state)
+        if not (state is None or four):
+            received, instead = f"state={shown(state)}", "the second of what norm.step(x) returned"
+            raise SpecError(say("a state is that of an earlier step: four tensors", received=received, instead=instead))
+        self._read(dynamic, partitions)
+        past = None if state is None else Moments(*state)
+        if past is not None:
+            past.check()
+        if ranks.groups:
+            recipe, _ = self._formula.prepare(x, mask, self._params(weight, bias), partitions)
+            self._check_state(past, recipe.sets.shape[:-1])
+        m = own_moments(self._formula, x, mask, partitions, ranks)
+        self._check_state(past, m.mean.shape[:-1])
+        return m, each(lambda t: t.new_zeros(t.shape[:-1]), m) if past is None else past
+
+    def _check_state(self, past: Moments | None, shape: Sequence[int]) -> None:
+        if past is not None and tuple(past.mean.shape) != tuple(shape):
+            raise ShapeError(
+                say(
+                    f"the state is one of these sets: shape {tuple(shape)}",
+                    text=self._spec.text,
+                    received=f"a state of shape {tuple(past.mean.shape)}",
+                    instead="the state of the same stream; None for the first chunk of another",
+                )
+            )
 
     # --- running statistics
 
@@ -435,9 +470,10 @@ class Norm(nn.Module):
         if self.momentum is None:  # one counter for both, so what has no variance counts for neither
             values = (values[0][0], values[1][1]), values[1]
         counted = values[0][1]
+        batches = _whole(batches)
         batches = batches + (counted if batches.dim() else counted.any())  # a batch of nothing is none
         moved = []
-        for old, (value, known) in zip((mean, var), values, strict=True):
+        for old, (value, known) in zip(map(_whole, (mean, var)), values, strict=True):
             weight = self.momentum if self.momentum is not None else batches.clamp(min=1).to(old.dtype).reciprocal()
             moved.append(torch.lerp(old, value.to(old.dtype), weight).where(known, old))
         return {"running_mean": moved[0], "running_var": moved[1], "num_batches_tracked": batches}
@@ -461,7 +497,7 @@ class Norm(nn.Module):
     def _set(self, buffers: Mapping[str, Tensor]) -> None:
         try:
             for name, value in buffers.items():
-                self.get_buffer(name).copy_(value)
+                _overwrite(self.get_buffer(name), value)
         except RuntimeError as error:
             if not torch._C._are_functorch_transforms_active():
                 raise
@@ -511,6 +547,11 @@ class Norm(nn.Module):
                 ("size of axis", "sizes") if isinstance(atom, Axis) else ("number of values of label", "labels")
             )
             told = {**self._sizes, **self._counts}
+            if what == "running statistics" and atom == next(iter(self._spec.x.atoms()), None):
+                pooled = " ".join(str(e) for e in expr.elements if e != atom)
+                rule = f"running statistics outlive a batch, and these sets are apart along {atom}, which comes with it"
+                instead = f'"{self._spec.x} -> {pooled}"; sizes={{"{atom}": 8}}, if {atom} is not the batch'
+                raise SpecError(expr.error(rule, atom, received=str(self._spec), instead=instead))
             holds = (str(e) for e in self._spec.x.elements if isinstance(e, Group) and atom in e.atoms)
             composed = next((f', or the size of all: sizes={{"{group}": 64}}' for group in holds), "")
             raise SpecError(
@@ -740,6 +781,20 @@ def _checked(momentum: float | None) -> float | None:
             )
         )
     return momentum
+
+
+def _whole(t: Any) -> Tensor:
+    """A buffer as every rank has it."""
+    full: Tensor = t.full_tensor() if is_dtensor(t) else t
+    return full
+
+
+def _overwrite(buffer: Any, value: Tensor) -> None:
+    if is_dtensor(buffer):
+        from .dtensors import distribute_tensor
+
+        value = distribute_tensor(value, buffer.device_mesh, buffer.placements)
+    buffer.copy_(value)
 
 
 def _buffer(label: str) -> str:

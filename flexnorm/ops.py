@@ -529,7 +529,40 @@ def _derived() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+class _Eager(NamedTuple):
+    """What runs complex numbers, which no operator below knows: `functional` puts its own here."""
+
+    run: Any = None
+    moments: Any = None
+
+
+eager = _Eager()
+
+
+def _run_complex(
+    x: Tensor,
+    mask: Tensor | None,
+    params: Sequence[Tensor | None],
+    ids: Sequence[Tensor],
+    numbers: Sequence[int],
+    eps: float,
+    text: str,
+    moments: Sequence[Tensor | None] = (),
+) -> tuple[Tensor, Moments | None]:
+    formula, labels = _heard(ids, numbers, eps, text)
+    stages = list(zip(params[::2], params[1::2], strict=True))
+    if stages and not formula.affines:
+        raise unnamed_axes(formula.spec, *stages[0])
+    *_, along, apart = ast.literal_eval(text)
+    given = Moments(*moments) if moments else None  # type: ignore[arg-type]
+    how = {"tracked": True, "apart": apart, "cumulative": along is not None}
+    y, used = eager.run(formula, x, mask, stages, given, labels, **how)
+    return y, used
+
+
 def _call_normalize(*arguments: Any, moments: Sequence[Tensor | None]) -> Tensor:
+    if arguments[0].is_complex():
+        return _run_complex(*(*arguments, moments))[0]
     recipe, operands, given, external, _ = _Call.of(*(*arguments, moments))
     if external is None:
         return aten.evaluate(recipe, operands) if _derived() else torch.ops.flexnorm.forward(*given)[0]
@@ -540,6 +573,10 @@ def _call_normalize(*arguments: Any, moments: Sequence[Tensor | None]) -> Tensor
 
 def _call_tracked(*arguments: Any) -> tuple[Tensor, ...]:
     """y, and the moments used."""
+    if arguments[0].is_complex():
+        y, m = _run_complex(*arguments)
+        assert m is not None
+        return y, m.count, m.mean, m.m2, _low(m)
     recipe, operands, given, external, used = _Call.of(*arguments)
     if external is not None and used is not None:
         y = aten.apply(recipe, operands, external) if _derived() else _applied(recipe, given, external)
@@ -553,7 +590,11 @@ def _call_tracked(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _call_moments(x: Tensor, mask: Tensor | None, ids: Any, numbers: Any, text: str) -> tuple[Tensor, ...]:
     formula, labels = _heard(ids, numbers, 1e-5, text)
-    return _statistics_of(formula, x, mask, labels)
+    if x.is_complex():
+        m = eager.moments(formula, x, mask, labels)
+        return m.count, m.mean, m.m2, _low(m)
+    read = {name: labels[name] for name in formula.of_moments.lookups}
+    return _statistics_of(formula.of_moments, x, mask, read)
 
 
 def _call_coarsen(fields: Sequence[Tensor], ids: Any, numbers: Any, text: str) -> tuple[Tensor, ...]:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from . import collectives
 from .errors import SpecError, say, shown
-from .kernels import Recipe, Sums
+from .kernels import Recipe, Sums, stat_dtype
 from .spec import Axis, Dots, Spec
 from .statistics import Moments
 
@@ -18,10 +19,13 @@ from .statistics import Moments
 class Ranks:
     """The ranks that a call is made on together; as a `Whole`, the sets of all of them.
 
-    Within `with ranks:`, whatever raises here before `agree` raises on all ranks.
+    Within `with ranks:`, whatever raises here before `agree` raises on all ranks; and who opens the block agrees in it.
+    What follows on the moments is each rank's own, and the losses of all are added; `replicated`, it is one loss, which
+    all compute alike, as of DTensors.
     """
 
-    def __init__(self, groups: Iterable[Any]) -> None:
+    def __init__(self, groups: Iterable[Any], *, replicated: bool = False) -> None:
+        self.replicated = replicated
         self.groups = [group for group in groups if group.size() > 1]
         self._agreed = not self.groups
 
@@ -32,20 +36,21 @@ class Ranks:
         if error is not None and not self._agreed:
             self._agreed = True
             collectives.agree(self.groups, "", differentiated=False, needed=False, error=error)
+        assert self._agreed, "a rank that never agrees leaves the others waiting, if one of them fails"
 
-    def agree(self, recipe: Recipe, *, differentiated: bool, needed: bool) -> bool:
+    def agree(self, recipe: Recipe, dtype: torch.dtype, *, differentiated: bool, needed: bool) -> bool:
         """Whether any rank needs the gradient of x; see `collectives.agree`."""
         if self._agreed:
             return needed
         self._agreed = True
         sets = recipe.sets
         weights = recipe.mask is not None and not recipe.membership
-        what = f"{sets.count} sets of ({sets.expr}), shape {sets.shape}{', weighted' * weights}"
+        what = f"{sets.count} sets of ({sets.expr}), shape {sets.shape}{', weighted' * weights}, in {stat_dtype(dtype)}"
         return collectives.agree(self.groups, what, differentiated=differentiated, needed=needed)
 
     def moments(self, part: Moments) -> Moments:
         for group in self.groups:
-            part = part.gathered(group)
+            part = part.gathered(group, replicated=self.replicated)
         return part
 
     def sums(self, part: Sums) -> Sums:
@@ -60,20 +65,29 @@ class Sharding:
 
     Args:
         sharded: names of axes: `"n"`, `"h w"`, or a sequence of names.
-        process_group: of `torch.distributed`; None is the default one at the first call.
+        process_group: of `torch.distributed`; None is the default one at every call.
         cumulative: the axis that statistics are cumulated along.
+        as_torch: as `nn.SyncBatchNorm`, ask other ranks in training only, and none where there is no process group.
 
     Raises:
         SpecError: no axis has this name, some of the axes are pooled and others are not, or one of them is cumulated.
     """
 
     def __init__(
-        self, spec: Spec, sharded: str | Sequence[str], process_group: Any = None, cumulative: str | None = None
+        self,
+        spec: Spec,
+        sharded: str | Sequence[str],
+        process_group: Any = None,
+        cumulative: str | None = None,
+        *,
+        as_torch: bool = False,
     ) -> None:
         words = sharded.split() if isinstance(sharded, str) else sharded
-        if not isinstance(words, (list, tuple)) or not words or not all(isinstance(word, str) for word in words):
+        good = isinstance(words, (list, tuple)) and words and all(isinstance(word, str) for word in words)
+        if not good or len(set(words)) < len(words):
             received, instead = f"sharded={shown(sharded)}", f'sharded="{next(spec.x.axes(), "n")}"'
-            raise SpecError(say("sharded names axes of x", text=spec.text, received=received, instead=instead))
+            rule = "sharded names axes of x, each once"
+            raise SpecError(say(rule, text=spec.text, received=received, instead=instead))
         atoms = {str(atom): atom for atom in spec.x.atoms() if isinstance(atom, (Axis, Dots))}
         for word in words:
             if word not in atoms:
@@ -109,17 +123,26 @@ class Sharding:
         self.names = tuple(words)
         self.merged = not kept
         self.process_group = process_group
+        self.as_torch = as_torch
+        self._left_out = False
 
-    def ranks(self) -> Ranks:
+    def ranks(self, training: bool = True) -> Ranks:
         """Those of this call; none if no set goes on elsewhere."""
-        if not self.merged:
+        if self._left_out:
+            raise RuntimeError(
+                say(
+                    "a process group belongs to its process, so copies and pickles of a layer leave it out",
+                    received="a copy of a layer that had a group of its own",
+                    instead="norm.process_group = group, or None for all ranks",
+                )
+            )
+        nobody = self.process_group is None and not (dist.is_available() and dist.is_initialized())
+        if not self.merged or (self.as_torch and (nobody or not training)):
             return Ranks([])
         return Ranks([collectives.group_of(self.process_group)])  # not kept: groups end before their process
 
     def __getstate__(self) -> dict[str, Any]:
-        """A process group belongs to this process."""
-        left_out = None if self.process_group is None else "left out of a copy; set it: norm.process_group = group"
-        return {**self.__dict__, "process_group": left_out}
+        return {**self.__dict__, "process_group": None, "_left_out": self.process_group is not None}
 
 
 def is_kept(spec: Spec, axis: Axis | Dots) -> bool:

@@ -114,12 +114,12 @@ class Moments:
         collectives.agree([group], what, differentiated=differentiated, needed=differentiated)
         return self.gathered(group)
 
-    def gathered(self, group: Any) -> Moments:
+    def gathered(self, group: Any, *, replicated: bool = False) -> Moments:
         """`all_reduce`, where it is known that the ranks go on together. What travels is in float64."""
         if self.mean.is_complex():
-            return self.parts().gathered(group).joined()
+            return self.parts().gathered(group, replicated=replicated).joined()
         packed = torch.stack([t.double() for t in (self.count, self.mean, self.m2, self._low)], -1)
-        every = collectives.gather(packed, group)
+        every = collectives.gather(packed, group, replicated=replicated)
         merged = Moments(*every.unbind(-1)).coarsen("rank ... -> ...").rounded(self.mean.dtype)
         return Moments(merged.count.to(self.count.dtype), merged.mean, merged.m2, merged.low)
 

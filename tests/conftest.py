@@ -15,6 +15,8 @@ _NEEDS = {
     "test_opacus.py": "opacus",
     "test_privacy.py": "opacus",
     "test_onnx.py": "onnxruntime",
+    "test_main.py": "click",
+    "test_drawing.py": "matplotlib",
 }
 collect_ignore = [name for name, package in _NEEDS.items() if find_spec(package) is None]
 

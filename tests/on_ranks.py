@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import multiprocessing, nn
 from torch.utils import _pytree as pytree
 
-from flexnorm import Norm, Partition, moments, normalize
+from flexnorm import Norm, Partition, ShapeError, moments, normalize
 from flexnorm.conversion import SyncBatchNorm, convert_sync_batchnorm
 
 SECONDS = 120  # more than any function takes, so that ranks that wait for each other end as an error
@@ -124,6 +124,72 @@ def subgroups(rank, world, x, sizes, ranks):
     return y.detach(), norm.running_mean, norm.running_var
 
 
+def _sharded(x, dim=0):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return distribute_tensor(x, dist.init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(dim)])
+
+
+def alone_with_given_moments(rank, world):
+    """Where moments are given no rank asks another: an error of one is its own, and nobody waits."""
+    x = torch.randn(4, 3)
+    m = moments(x, "n c -> c")
+    try:
+        y = normalize(x, "n c -> c", weight=torch.ones(3 - rank), affine="c", moments=m, sharded="n")
+    except ShapeError as error:
+        return str(error)
+    return y.shape
+
+
+def through_moments_of_dtensors(rank, world, x, kind):
+    """The gradient of x, cut along each of its dimensions, of a loss that all ranks compute alike."""
+    cumulative = "t" if kind in ("cumulative", "step") else None
+    norm = Norm("n c t -> c", affine="c", c=3, cumulative=cumulative).double()
+
+    def loss(x):
+        if kind == "moments":
+            m = moments(x, "n c t -> c")
+            return (m.mean.abs().pow(3) + m.m2.pow(2)).sum()
+        if kind == "given":
+            return normalize(x, "n c t -> c", moments=moments(x, "n c t -> c")).abs().pow(3).sum()
+        if kind == "returned":
+            return norm(x, return_moments=True)[0].pow(3).sum()
+        if kind == "step":
+            _, state = norm.step(x)
+            return norm.step(x * 2, state)[0].pow(3).sum()
+        return norm(x).pow(3).sum()
+
+    found = []
+    for dim in (0, 1) if cumulative else (0, 1, 2):
+        cut = _sharded(x, dim).requires_grad_()
+        loss(cut).backward()
+        found.append(cut.grad.full_tensor())
+    whole = x.clone().requires_grad_()
+    loss(whole).backward()
+    return found, whole.grad
+
+
+def buffers_that_are_dtensors(rank, world, x):
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (world,))
+    norm = Norm("n c -> c", affine="c", c=3, track_running_stats=True)
+    distribute_module(norm, mesh)
+    y = norm(distribute_tensor(x, mesh, [Shard(0)]))
+    y.square().sum().backward()
+    z = norm.eval()(distribute_tensor(x, mesh, [Shard(0)]))
+    return [t.full_tensor() for t in (y, z, norm.running_mean, norm.running_var, norm.weight.grad)]
+
+
+def converted_graph_norm(rank, world, x):
+    """PyG's batch norm of ours, one node on the first rank."""
+    from flexnorm.graphs import BatchNorm
+
+    norm = convert_sync_batchnorm(BatchNorm(3))
+    y = norm(x[:1] if rank == 0 else x[1:])
+    return y, norm.module.running_mean, norm.module.running_var
+
+
 def what_raises(rank, world, kind):
     """The error of every rank, and that the group still works afterwards."""
     x = torch.randn(4, 3)
@@ -147,6 +213,32 @@ def what_raises(rank, world, kind):
             moments(torch.randn(4, 2 + rank), "n c -> c").all_reduce()
         elif kind == "complex":
             normalize(x + 0j if rank else x, "n c -> c", sharded="n")
+        elif kind == "functional label":
+            normalize(x, "n c -> kind[n] c", kind=torch.tensor([0, 1, 0, -1 * rank]), sharded="n")
+        elif kind == "floating label":
+            ids = torch.tensor([0, 1, 0, 1])
+            moments(x, "n c -> kind[n] c", kind=ids.float() if rank else ids, sharded="n")
+        elif kind == "precision":
+            normalize(x.double() if rank else x, "n c -> c", sharded="n")
+        elif kind == "weight beside returned moments":
+            norm = Norm("n c -> c", conditional="c", c=3, sharded="n")
+            norm(x, weight=torch.ones(3 - rank), return_moments=True)
+        elif kind == "state":
+            norm = Norm("n t -> ", cumulative="t", sharded="n")
+            _, state = norm.step(x)
+            norm.step(x, state[:2] if rank else state)
+        elif kind == "shape of the state":
+            norm = Norm("n c t -> c", cumulative="t", sharded="n")
+            _, state = norm.step(x[..., None])
+            norm.step(x[..., None], tuple(t[: 3 - rank] for t in state))
+        elif kind == "complex running":
+            norm = Norm("n c -> c", c=3, sharded="n", track_running_stats=True)
+            norm(x + 0j if rank else x)
+        elif kind == "dtensor":
+            Norm("n c -> c", conditional="c", c=3)(_sharded(x), weight=torch.ones(3 - rank))
+        elif kind == "dtensor with returned moments":
+            norm = Norm("n c -> c", conditional="c", c=3)
+            norm(_sharded(x), weight=torch.ones(3 - rank), return_moments=True)
         raised = None
     except Exception as error:
         raised = type(error).__name__, str(error)

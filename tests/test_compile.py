@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import threading
+from functools import partial
 
 import cases
 import pytest
@@ -604,3 +605,50 @@ def test_one_segment_is_no_special_case_of_a_real_compiler():
     ours = torch.compile(f, fullgraph=True)
     for count in (1, 3):
         agree(f, ours, (randn(9, 4), Partition(ids(9, count), count)))
+
+
+# --- complex numbers and streams -------------------------------------------------------------------------------------
+
+
+def _of_returned(norm, x):
+    return norm(x, return_moments=True)[0]
+
+
+COMPLEX = {
+    "group": lambda: lambda x: normalize(x, "n (g c) t -> n g", g=2),
+    "masked": lambda: lambda x: normalize(x, "n c t, t -> n", torch.arange(x.shape[2]) < 3),
+    "rms": lambda: lambda x: normalize(x, "n c t -> n", center=False),
+    "cumulative": lambda: lambda x: normalize(x, "n c t -> n c", cumulative="t"),
+    "moments": lambda: lambda x: moments(x, "n c t -> n c").mean * 1.0,
+    "layer": lambda: Norm("n (g c) t -> n g", affine="(g c)", g=2, c=2, dtype=torch.complex64),
+    "running": lambda: Norm("n c t -> c", c=4, track_running_stats=True, dtype=torch.complex64),
+    "returned": lambda: partial(_of_returned, Norm("n c t -> c", c=4)),
+}
+
+
+@pytest.mark.parametrize("name", COMPLEX)
+def test_complex_numbers_are_compiled(name):
+    f, ours = COMPLEX[name](), torch.compile(COMPLEX[name](), fullgraph=True, backend="aot_eager")
+    for n in (2, 3, 5):
+        x = torch.randn(n, 4, 6, dtype=torch.complex64) + 1j
+        found = []
+        for g in (ours, f):
+            leaf = x.clone().requires_grad_()
+            y = g(leaf)
+            found.append((y.detach(), torch.autograd.grad(y.abs().pow(3).sum(), leaf)[0]))
+        # float32: a few roundings of values up to 3, of gradients up to 30
+        torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-4)
+
+
+def test_steps_of_streams_are_compiled():
+    norm = Norm("b c t, b t -> b c", affine="c", c=3, cumulative="t")
+    step = torch.compile(norm.step, fullgraph=True, backend="aot_eager")
+    x, mask = torch.randn(2, 3, 20), torch.rand(2, 20) < 0.7
+    state = theirs = None
+    for chunk, valid in zip(x.split(5, -1), mask.split(5, -1), strict=True):
+        y, state = step(chunk, state, valid)
+        z, theirs = norm.step(chunk, theirs, valid)
+        torch.testing.assert_close(y, z, rtol=1e-6, atol=1e-6)
+    for a, b in zip(state, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

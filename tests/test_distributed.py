@@ -1,5 +1,6 @@
 """Statistics over ranks: real gloo processes against the loops of one, values, all gradients, errors."""
 
+import copy
 import math
 import re
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from flexnorm import Norm, Partition, SpecError, calibrate, moments, normalize
+from flexnorm.conversion import SyncBatchNorm, convert_sync_batchnorm
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +203,15 @@ ERRORS = {  # of one rank: what the guilty rank raises, and what the other
     "count": ("ShapeError", "rank 1: 9 sets", "ShapeError", "give labels a count"),
     "gradient": ("SpecError", "on all ranks, or on none", "SpecError", "rank 0: a gradient; rank 1: no gradient"),
     "moments": ("ShapeError", "the same sets", "ShapeError", "the same sets"),
+    "functional label": ("ShapeError", "ids are from 0|label 'kind'", "RuntimeError", "rank 1 has failed"),
+    "floating label": ("SpecError", "ids are integers", "RuntimeError", "rank 1 has failed.*ids are integers"),
+    "precision": ("ShapeError", "in torch.float64", "ShapeError", "in torch.float64"),
+    "weight beside returned moments": ("ShapeError", r"shape \(3,\)", "RuntimeError", "rank 1 has failed"),
+    "state": ("SpecError", "four tensors", "RuntimeError", "rank 1 has failed"),
+    "shape of the state": ("ShapeError", "the state is one of these sets", "RuntimeError", "rank 1 has failed"),
+    "complex running": ("SpecError", "complex where x is", "RuntimeError", "rank 1 has failed"),
+    "dtensor": ("ShapeError", r"shape \(3,\)", "RuntimeError", "rank 1 has failed"),
+    "dtensor with returned moments": ("ShapeError", r"shape \(3,\)", "RuntimeError", "rank 1 has failed"),
     "complex": ("ShapeError", "the same sets", "ShapeError", "the same sets"),
 }
 
@@ -212,6 +223,11 @@ def test_an_error_on_one_rank_raises_on_all_and_the_group_goes_on(kind, two):
         assert name == kind_, text
         assert re.search(match, text, re.DOTALL), text
     assert (y0.unique().tolist(), y1.unique().tolist()) == ([-1.0], [1.0])  # of values 0 on one and 1 on the other
+
+
+def test_given_moments_ask_nobody(two):
+    assert two.run(on_ranks.alone_with_given_moments)[0] == (4, 3)
+    assert "shape (3,)" in two.run(on_ranks.alone_with_given_moments)[1]
 
 
 def test_bad_input_is_refused_before_any_rank_is_asked():
@@ -228,6 +244,8 @@ def test_bad_input_is_refused_before_any_rank_is_asked():
         Norm("n c -> c", sharded="")
     with pytest.raises(SpecError, match="sharded names axes of x"):
         Norm("n c -> c", sharded=3)
+    with pytest.raises(SpecError, match="each once"):
+        Norm("n c -> c", sharded="n n")
     with pytest.raises(SpecError, match=r"apart along n(?s:.*)sharded=\"t\", with process_group="):
         Norm("n c t -> n c", sharded="n t")
     with pytest.raises(SpecError, match="one of sharded axes"):
@@ -249,7 +267,7 @@ def test_bad_input_is_refused_before_any_rank_is_asked():
 def test_a_process_group_stays_where_it_is(two):
     for said in two.run(on_ranks.travels):
         assert len(said) == 2  # a copy, and a pickle
-        assert all("left out of a copy" in text for text in said)
+        assert all("copies and pickles of a layer leave it out" in text for text in said)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -377,3 +395,85 @@ def test_a_composition_that_is_cut_is_refused(two):
         assert name == "SpecError"
         assert "not along compositions" in text
         assert "Shard(1)" in text
+
+
+@pytest.mark.parametrize("kind", ["moments", "given", "returned", "cumulative", "step"])
+def test_gradients_through_moments_of_dtensors(kind, two):
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    for found, expected in two.run(on_ranks.through_moments_of_dtensors, x, kind):
+        for ours in found:
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_through_moments_of_complex_dtensors(two):
+    x = torch.randn(4, 3, 5, dtype=torch.complex128)
+    for found, expected in two.run(on_ranks.through_moments_of_dtensors, x, "given"):
+        for ours in found:
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_parameters_and_buffers_that_are_dtensors(two):
+    x = torch.randn(6, 3)
+    norm = Norm("n c -> c", affine="c", c=3, track_running_stats=True)
+    y = norm(x)
+    y.square().sum().backward()
+    expected = [y.detach(), norm.eval()(x).detach(), norm.running_mean, norm.running_var, norm.weight.grad]
+    for results in two.run(on_ranks.buffers_that_are_dtensors, x):
+        for a, b in zip(results, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=5e-6)
+
+
+# --- models that exist -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.extras
+def test_a_converted_graph_norm(two):
+    from flexnorm.graphs import BatchNorm
+
+    x = torch.randn(6, 3)
+    norm = BatchNorm(3)
+    expected = norm(x)
+    results = two.run(on_ranks.converted_graph_norm, x)
+    torch.testing.assert_close(torch.cat([y for y, _, _ in results]), expected.detach(), rtol=2e-6, atol=2e-6)
+    for _, mean, var in results:
+        torch.testing.assert_close(mean, norm.module.running_mean)
+        torch.testing.assert_close(var, norm.module.running_var)
+    alone = convert_sync_batchnorm(BatchNorm(3))  # here no group is initialized
+    torch.testing.assert_close(alone(x), expected)
+
+
+def test_conversion_keeps_what_a_model_has():
+    shared = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Linear(3, 4), shared, nn.Sequential(nn.ReLU(), shared), nn.InstanceNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    seen = []
+    shared.register_forward_hook(lambda *_: seen.append(1))
+    expected = copy.deepcopy(model)
+    kept = dict(model.named_parameters())
+    assert convert_sync_batchnorm(model) is model
+    assert type(model[1]) is SyncBatchNorm
+    assert model[2][1] is model[1]
+    assert type(model[3]) is nn.InstanceNorm1d
+    assert all(p is kept[name] for name, p in model.named_parameters())
+    x = torch.randn(6, 3)
+    for m in (model[:3], expected[:3]):
+        m(x).square().sum().backward()
+    optimizer.step()
+    assert len(seen) == 4
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b - 0.1 * b.grad if b.grad is not None else b)
+    expected.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model[1](torch.randn(1, 4))
+
+
+def test_conversion_refuses_what_it_would_lose():
+    class WithActivation(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    for layer, rule in ((WithActivation(3), "a forward of its own"), (nn.LazyBatchNorm2d(), "lazy")):
+        model = nn.Sequential(nn.BatchNorm2d(3), layer)
+        with pytest.raises(SpecError, match=rule):
+            convert_sync_batchnorm(model)
+        assert type(model[0]) is nn.BatchNorm2d

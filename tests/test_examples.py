@@ -1,7 +1,9 @@
-"""The examples run, and print what they promise; so do the README's blocks."""
+"""The examples run, and print what they promise; so do the blocks of README and documentation, which is whole."""
 
+import importlib.util
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -60,3 +62,79 @@ def test_code_blocks_run_and_print_what_they_say(page, capsys):
         printed = capsys.readouterr().out.splitlines()
         promised = re.findall(r"# prints: (.*)", block)
         assert printed == promised
+
+
+# --- the documentation is whole --------------------------------------------------------------------------------------
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_reference_shows_every_public_name():
+    reference = script("reference")
+    assert not reference.missing()
+    modules = {f"flexnorm.{path.stem}" for path in (ROOT / "flexnorm").glob("*.py")} | {"flexnorm"}
+    assert {identifier.rsplit(".", 1)[0] for identifier in reference.shown()} <= modules
+
+
+def test_a_public_name_without_a_place_in_the_reference_is_found(tmp_path, monkeypatch):
+    reference = script("reference")
+    (tmp_path / "flexnorm").mkdir()
+    (tmp_path / "docs" / "api").mkdir(parents=True)
+    (tmp_path / "flexnorm" / "__init__.py").write_text('__all__ = ["Norm"]')
+    (tmp_path / "flexnorm" / "images.py").write_text('__all__ = ["Norm", "forgotten"]')
+    (tmp_path / "docs" / "api" / "all.md").write_text("::: flexnorm.Norm\n")
+    monkeypatch.setattr(reference, "ROOT", tmp_path)
+    assert reference.missing() == ["flexnorm.images.forgotten"]
+
+
+COMMANDS = re.findall(
+    r"^flexnorm (.*)$",
+    "\n".join(
+        block
+        for page in PAGES
+        for block in re.findall(r"^```sh\n(.*?)```", (ROOT / page).read_text(), flags=re.S | re.M)
+    ),
+    flags=re.M,
+)
+
+
+@pytest.mark.extras  # matplotlib and click are extras, too
+@pytest.mark.parametrize("line", dict.fromkeys(COMMANDS))
+def test_command_lines_of_the_pages_run(line, tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from flexnorm.__main__ import main
+
+    words = shlex.split(line)
+    if words[0] == "bench":
+        words += ["--seconds", "0.1"]
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.output
+    assert done.output.strip() or list(tmp_path.iterdir())
+
+
+def test_pictures_are_of_the_patterns_beside_them():
+    """A picture stands behind the code that it shows: each of its patterns is in the text of its section."""
+    pictures, placed = script("pictures").PICTURES, []
+    for page in ("index", "gallery"):
+        for section in re.split(r"^##+ ", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.M):
+            for name in re.findall(r"\(pictures/(.*?)\.svg\)", section):
+                placed.append(name)
+                patterns, _ = pictures[name]
+                text = section if page == "gallery" else (ROOT / "docs" / "index.md").read_text()
+                assert all(f'"{pattern}"' in text for pattern in patterns), name
+    assert sorted(placed) == sorted(pictures)
+
+
+def test_formulas_and_examples_of_docstrings_become_code():
+    griffe = pytest.importorskip("griffe", reason="it comes with the tools of the documentation: make docs")
+    assert griffe
+    text = "Does it.\n\nFor each S:   y[S] = x[S]\n\n>>> f(1)\n2"
+    expected = "Does it.\n\nFor each S:\n\n```text\ny[S] = x[S]\n```\n\n```pycon\n>>> f(1)\n2\n```"
+    assert script("docstrings").as_markdown(text) == expected

@@ -38,6 +38,9 @@ ORDER = [
     "spectrograms",
     "conversion",
     "privacy",
+    "drawing",
+    "inspection",
+    "__main__",
 ]
 ROOMS = ["interface", "aten", "native", "cpu", "triton", "plan", "__init__"]
 
@@ -110,7 +113,8 @@ def test_the_core_does_not_load_an_adapter(name):
 
 def test_public_names():
     assert set(flexnorm.__all__) == {
-        "Moments", "Norm", "Partition", "ShapeError", "SpecError", "calibrate", "given", "moments", "normalize",
+        "Moments", "Norm", "Partition", "ShapeError", "SpecError", "calibrate", "explain", "given", "moments",
+        "normalize",
     }  # fmt: skip
     public = {
         name for name, value in vars(flexnorm).items() if not name.startswith("_") and not inspect.ismodule(value)
@@ -136,7 +140,8 @@ def test_reserved_names_are_all_options_and_all_options_are_reserved():
     from flexnorm.spec import RESERVED
 
     options = set()
-    for f in (flexnorm.normalize, flexnorm.moments, flexnorm.Norm.__init__, flexnorm.Norm.forward, flexnorm.Norm.step):
+    layer = flexnorm.Norm
+    for f in (flexnorm.normalize, flexnorm.moments, flexnorm.explain, layer.__init__, layer.forward, layer.step):
         kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         options |= {name for name, p in inspect.signature(f).parameters.items() if p.kind in kinds}
     assert options | {"self", "input"} == RESERVED  # torch's name for x

@@ -123,7 +123,7 @@ def test_travels_after_a_step(travel):
 
 
 def test_bad_input():
-    with pytest.raises(SpecError, match="running statistics need the size of axis 'n'"):
+    with pytest.raises(SpecError, match=r'these sets are apart along n(?s:.*)"n c t -> c"'):
         Norm("n c t -> n c", c=3, track_running_stats=True)
     with pytest.raises(SpecError, match="running statistics have a fixed shape"):
         Norm("... c -> ...", c=3, track_running_stats=True)
@@ -651,3 +651,28 @@ def test_more_bad_input():
         Norm("n c -> c", c=3, track_running_stats=True, momentum=True)
     with pytest.raises(SpecError, match=r"batches are several(?s:.*)\[x\]"):
         calibrate(norm, torch.randn(4, 3))
+
+
+def test_updates_can_be_switched_off():
+    """As of nn.BatchNorm: by the attribute, for batches that are not to count."""
+    norm = Norm("n c -> c", c=3, track_running_stats=True)
+    norm(torch.randn(8, 3))
+    before = norm.running_mean.clone()
+    norm.track_running_stats = False
+    x = torch.randn(8, 3)
+    torch.testing.assert_close(norm(x), normalize(x, "n c -> c"))
+    assert torch.equal(norm.running_mean, before)
+    norm.track_running_stats = True
+    norm(x)
+    assert not torch.equal(norm.running_mean, before)
+
+
+def test_state_of_early_versions_of_torch_has_no_counter():
+    theirs = nn.BatchNorm1d(3)
+    theirs(torch.randn(8, 3))
+    state = theirs.state_dict()
+    del state["num_batches_tracked"], state._metadata
+    norm = Norm("n c -> c", affine="c", c=3, track_running_stats=True)
+    norm.load_state_dict(state)
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(norm.eval()(x), theirs.eval()(x))
