@@ -225,7 +225,7 @@ class Moments:
         """Mean, M2 and low in this dtype (complex means in that of such parts); low takes what the mean loses."""
         of_means = dtype.to_complex() if self.mean.is_complex() else dtype
         mean = self.mean.to(of_means)
-        low = (self.mean - mean).to(of_means) + self._low.to(of_means)
+        low = ((self.mean - mean).to(of_means) + self._low.to(of_means)).detach()  # the gradient is that of the mean
         return Moments(self.count, mean, self.m2.to(dtype), low)
 
     # --- complex numbers: real and imaginary part as one more axis, the last

@@ -479,8 +479,10 @@ def test_a_transformer_and_its_modes():
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).train()
     fast = torch.backends.mha.get_fastpath_enabled()
-    report = explain(model, (3, 5, 16))
-    assert [row[3:6] for row in report.rows] == [("15", "16", "nn.LayerNorm(16)")] * 4
+    padding = torch.arange(5) >= torch.tensor([[5], [2], [3]])
+    for called in ((3, 5, 16), {"src": torch.randn(3, 5, 16), "src_key_padding_mask": padding}):
+        report = explain(model, called)
+        assert [row[3:6] for row in report.rows] == [("15", "16", "nn.LayerNorm(16)")] * 4
     assert all(m.training for m in model.modules())
     assert torch.backends.mha.get_fastpath_enabled() == fast
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -522,6 +524,13 @@ def test_a_forward_of_its_own_is_not_explained_by_what_it_inherits():
     report = explain(nn.Sequential(Turned(4)), (2, 4, 3))
     assert report.rows[0][1:4] == ("Turned", "its own", "")
     assert report.explanations == {}
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(4), Norm("... c -> ...")], ids=["torch", "ours"])
+def test_a_layer_that_is_called_twice_is_explained_by_its_first_call(norm):
+    report = explain(nn.Sequential(norm, nn.Flatten(0, 1), nn.Unflatten(0, (1, -1)), norm), (2, 3, 4))
+    assert len(report.rows) == 1
+    assert report.explanations["0"].shape == (2, 3, 4)
 
 
 def test_one_sample_without_its_axis():

@@ -88,7 +88,7 @@ def test_explain_says_what_the_function_says():
     expected = str(explain("n (g c) h w -> n g", (8, 64, 32, 32), sizes={"(g c)": 64}, c=2, **options))
     assert run("explain", *GROUP[:-1], "(g c)=64", "c=2", *told).output.strip() == expected
     assert "offset" in run("explain", *GROUP, "--no-scale").output
-    assert run("explain", "->", "--shape", "").exit_code == 0
+    assert run("explain", "--shape", "", "--", "->").exit_code == 0
     assert run("explain", *GROUP[:1], "--shape", "8x64x32x32", "g=32").output == run("explain", *GROUP).output
 
 

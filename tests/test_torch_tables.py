@@ -369,6 +369,9 @@ def test_what_torch_refuses(name):
         sample = error.sample_input
         with pytest.raises(error.error_type, match=error.error_regex):
             FORMULAS[name](sample.input, *sample.args, **sample.kwargs)
+        if sample.input.numel() == 0:  # later versions of torch refuse what is empty, where here it stays empty
+            assert READERS[name](sample.input, *sample.args, **sample.kwargs)
+            continue
         if sample.args[0] == ():
             # "... -> ..." is a pattern, if a dull one: a set for every element
             assert torch.equal(normalize(sample.input, "... -> ..."), torch.zeros_like(sample.input))
