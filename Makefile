@@ -7,7 +7,7 @@ JOBS ?= 2
 export FLEXNORM_BUILD ?= $(if $(shell command -v g++ || command -v c++),required,optional)
 KERNELS := setup.py $(wildcard flexnorm/kernels/cpu/*.cpp flexnorm/kernels/cpu/*.h)
 
-.PHONY: env demo test test-fast asan wheel bench bench-quick lint format clean
+.PHONY: env demo test test-fast asan wheel bench bench-quick docs docs-check lint format clean
 
 env: .venv/ready .venv/built
 
@@ -47,6 +47,20 @@ bench: env
 bench-quick: env
 	$(BIN)/python -m benchmarks --quick
 
+# The site, in site/: any warning ends it. Nothing is fetched while it is built, or read.
+docs: env .venv/docs
+	$(BIN)/python docs/pictures.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs: .venv/ready
+	FLEXNORM_BUILD=none $(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@touch $@
+
+# The site in a headless Chromium, which must be there. SHOTS=folder keeps pictures of all pages.
+docs-check: docs
+	$(BIN)/python -m pip install --quiet "playwright>=1.49"
+	$(BIN)/python docs/check.py $(SHOTS)
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,4 +71,4 @@ format: env
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-newest build dist site docs/pictures *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

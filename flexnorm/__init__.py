@@ -7,8 +7,20 @@ from ._version import __version__ as __version__
 from .context import given
 from .errors import ShapeError, SpecError
 from .functional import moments, normalize
+from .inspection import explain
 from .norm import Norm, calibrate
 from .partition import Partition
 from .statistics import Moments
 
-__all__ = ["Moments", "Norm", "Partition", "ShapeError", "SpecError", "calibrate", "given", "moments", "normalize"]
+__all__ = [
+    "Moments",
+    "Norm",
+    "Partition",
+    "ShapeError",
+    "SpecError",
+    "calibrate",
+    "explain",
+    "given",
+    "moments",
+    "normalize",
+]
