@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/gallery.md, into docs/pictures: every pattern as it stands there."""
+"""Draws the pictures of docs/gallery.md, into docs/pictures: every pattern as it stands there; and that of the README."""
 
 import sys
 from pathlib import Path
@@ -69,5 +69,10 @@ def main(folder: Path) -> None:
         draw(*patterns, path=folder / f"{name}.svg", **what)
 
 
+FRONT: dict[str, Any] = {**images, "g": 2, "titles": ["BatchNorm", "LayerNorm", "GroupNorm"]}
+
 if __name__ == "__main__":
+    if len(sys.argv) == 1:  # the README's picture is in the repository, where no site is built
+        front = ("n c h w -> c", "n c h w -> n", "n (g c) h w -> n g")
+        draw(*front, path=FOLDER.parent / "sets.svg", **FRONT)
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)

@@ -27,7 +27,12 @@ torch.set_num_threads(1)  # tensors are small, and tests run side by side
 
 def pytest_collection_modifyitems(items):
     """What takes long begins first, so that no process waits for another at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+    def begins(item):
+        slow = item.get_closest_marker("slow")
+        return 1 if slow is None else -slow.kwargs.get("minutes", 0)
+
+    items.sort(key=begins)
 
 
 @pytest.fixture(autouse=True)

@@ -265,8 +265,7 @@ def graph_kinds(quick):
 
 
 @pytest.mark.extras
-@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("dynamic", "quick"), [(None, True), pytest.param(True, False, marks=pytest.mark.slow)])
 def test_two_compilations_serve_all_graphs(dynamic, quick):
     for name, f, make in graph_kinds(quick):
         torch._dynamo.reset()
