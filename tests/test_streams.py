@@ -333,7 +333,8 @@ def test_nothing_depends_on_the_future(pattern, lead, kwargs, dtype):
             for length in {0, 1, size + 2}:
                 future = 1e4 * torch.randn(*lead, length).to(dtype)
                 z = normalize(torch.cat([x[..., :now], future], -1), pattern, cumulative="t", **kwargs)
-                if pattern.endswith("-> b c"):  # one element at every place
+                # One element at every place; but torch's gelu has other bits where a vector is not full.
+                if pattern.endswith("-> b c") and "activation" not in kwargs:
                     assert torch.equal(z[..., :now], y[..., :now]), (size, now, length)
                 # What stands at one place is summed in an order that the length may say: 30 elements at most, of which
                 # each is rounded once more or less; a result that was rounded may be its neighbour.
