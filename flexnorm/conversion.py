@@ -102,8 +102,8 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
             Nothing is changed then.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-    >>> convert_sync_batchnorm(model)[1]
-    SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    >>> type(convert_sync_batchnorm(model)[1]).__name__, model[1].num_features
+    ('SyncBatchNorm', 8)
     """
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm) or isinstance(module, Norm):
