@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/gallery.md, into docs/pictures: every pattern as it stands there; and that of the README."""
+"""Draws the pictures of docs/gallery.md, into docs/pictures, every pattern as it stands there; and the README's."""
 
 import sys
 from pathlib import Path
