@@ -11,6 +11,7 @@ from .arguments import Formula, Options
 from .canonical import memory_order
 from .errors import SpecError, say
 from .kernels import Sums
+from .spec import Spec
 from .statistics import Moments
 
 
@@ -52,8 +53,8 @@ def in_parts(formula: Formula) -> Formula:
 
 
 @lru_cache(maxsize=1024)
-def _in_parts(spec: object, options: Options, sizes: tuple[tuple[str, int], ...]) -> Formula:
-    return Formula(spec.in_parts(), options, (), dict(sizes))  # type: ignore[attr-defined]
+def _in_parts(spec: Spec, options: Options, sizes: tuple[tuple[str, int], ...]) -> Formula:
+    return Formula(spec.in_parts(), options, (), dict(sizes))
 
 
 def parts(x: Tensor) -> Tensor:

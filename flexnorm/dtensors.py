@@ -119,10 +119,8 @@ class Placed:
         """Of moments of all sets, those of the sets here."""
         return None if m is None else each(lambda t: self.local(t, self.spec.sets.elements), m)
 
-    def all_moments(self, m: Moments | None) -> Moments | None:
+    def all_moments(self, m: Moments) -> Moments:
         """The reverse, on every rank."""
-        if m is None:
-            return None
         places = [self._place(self.spec.sets.elements, cut) for cut in self.cuts]
         shape = list(m.mean.shape)
         for place, cut in zip(places, self.cuts, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -271,11 +271,11 @@ def own_moments(
     if type(x) is not Tensor and is_dtensor(x):
         from .dtensors import Placed
 
-        placed = Placed(formula, x)  # type: ignore[arg-type]
+        placed = Placed(formula, cast(Any, x))
         with Ranks(placed.ranks.groups, replicated=True) as ranks:  # what becomes of the moments, all compute alike
             where, here = placed.labels(labels), placed.local(mask, _mask_axes(formula))
             m = own_moments(placed.formula, placed.x.to_local(), here, where, ranks)
-        return placed.all_moments(m)  # type: ignore[return-value]
+        return placed.all_moments(m)
     if isinstance(x, Tensor) and x.is_complex():
         formula.prepare(x, mask, (), labels)
         return own_moments(complexes.in_parts(formula), complexes.parts(x), mask, labels, ranks).joined()
@@ -379,7 +379,8 @@ def _placed(
             tracked=tracked,
             ranks=ranks,
         )
-    return placed.result(y), placed.all_moments(used) if tracked and moments is None else moments
+    own = tracked and moments is None and used is not None
+    return placed.result(y), placed.all_moments(cast(Moments, used)) if own else moments
 
 
 def _check_placed(
@@ -392,7 +393,7 @@ def _check_placed(
     try:
         here, where = placed.local(mask, _mask_axes(formula)), placed.labels(labels)
         placed.formula.prepare(placed.x.to_local(), here, placed.params(params), where)
-    except Exception:
+    except Exception:  # whatever it is: raised inside of the block, it is told to the others
         with placed.ranks:
             raise
 

@@ -466,6 +466,14 @@ def _heard(
     return Formula(spec, Options(center, scale, float(eps), activation), axes, sizes), labels
 
 
+def _stages(formula: Formula, params: Sequence[Tensor | None]) -> list[Param]:
+    """Weight and bias of every stage, the reverse of `_flat`."""
+    stages = list(zip(params[::2], params[1::2], strict=True))
+    if stages and not formula.affines:
+        raise unnamed_axes(formula.spec, *stages[0])
+    return stages
+
+
 class _Call(NamedTuple):
     """A call as dynamo saw it: read, checked, and as the entry points take it."""
 
@@ -488,9 +496,7 @@ class _Call(NamedTuple):
         moments: Sequence[Tensor | None] = (),
     ) -> _Call:
         formula, labels = _heard(ids, numbers, eps, text)
-        stages = list(zip(params[::2], params[1::2], strict=True))
-        if stages and not formula.affines:
-            raise unnamed_axes(formula.spec, *stages[0])
+        stages = _stages(formula, params)
         recipe, operands = formula.prepare_anew(x, mask, stages, labels)
         used = Moments(*moments) if moments else None  # type: ignore[arg-type]
         *_, along, apart = ast.literal_eval(text)
@@ -550,9 +556,7 @@ def _run_complex(
     moments: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Moments | None]:
     formula, labels = _heard(ids, numbers, eps, text)
-    stages = list(zip(params[::2], params[1::2], strict=True))
-    if stages and not formula.affines:
-        raise unnamed_axes(formula.spec, *stages[0])
+    stages = _stages(formula, params)
     *_, along, apart = ast.literal_eval(text)
     given = Moments(*moments) if moments else None  # type: ignore[arg-type]
     how = {"tracked": True, "apart": apart, "cumulative": along is not None}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from exported import Lengths
 from torch import nn
 from torch.export import Dim
 
@@ -37,15 +38,6 @@ class Graph(nn.Module):
 
     def forward(self, x, graph, mask=None):
         return self.norm(x, mask, graph=graph)
-
-
-class Lengths(nn.Module):
-    def __init__(self, norm):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x, lengths):
-        return self.norm(x, lengths=lengths)
 
 
 class Packed(Lengths):

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from exported import Lengths
 from torch import nn
 from torch.export import Dim
 
@@ -35,15 +36,6 @@ class Graph(nn.Module):
 
     def forward(self, x, graph, mask):
         return self.norm(x, mask, graph=graph)
-
-
-class Lengths(nn.Module):
-    def __init__(self, norm):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x, lengths):
-        return self.norm(x, lengths=lengths)
 
 
 def images(n, s):
