@@ -303,14 +303,17 @@ class Norm(nn.Module):
             received, instead = f"x of {x.dtype}, running_mean of {mean.dtype}", f"Norm(..., dtype={x.dtype})"
             rule = "running means are complex where x is, and only there"
             raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
-        self._read(dynamic, partitions)
+        if dynamic:
+            self._read(dynamic, partitions)
         params = self._params(weight, bias)
         formula = self._formula
         if self.eps != formula.options.eps:  # somebody set it anew
             options = replace(self._options, eps=self.eps)
             formula = self._formula = Formula(formula.spec, options, formula.affines, self._sizes)
-        how = {"tracked": tracked, "apart": apart, "cumulative": self._cumulative is not None}
-        return run(formula, x, mask, params, moments, partitions, **how, ranks=ranks)
+        along = self._cumulative is not None
+        return run(
+            formula, x, mask, params, moments, partitions, tracked=tracked, apart=apart, cumulative=along, ranks=ranks
+        )
 
     # --- many machines
 
