@@ -1,17 +1,17 @@
 # Needs Python >= 3.10 and make, nothing else. Every target makes .venv when it is missing.
 PYTHON ?= python3
-TORCH ?= torch==2.11.0 torchaudio==2.11.0
+TORCH ?= torch==2.11.0 torchaudio==2.11.0 torchvision==0.26.0
 BIN := .venv/bin
 JOBS ?= 2
 # Where there is a compiler, kernels that do not build or do not load are an error: of `make env`, and of the tests.
 export FLEXNORM_BUILD ?= $(if $(shell command -v g++ || command -v c++),required,optional)
 KERNELS := setup.py $(wildcard flexnorm/kernels/cpu/*.cpp flexnorm/kernels/cpu/*.h)
 
-.PHONY: env demo test test-fast asan wheel bench bench-quick docs docs-check lint format clean
+.PHONY: env demo test test-fast asan wheel bench bench-quick claims docs docs-check lint format clean
 
 env: .venv/ready .venv/built
 
-# torch first and by its version: later torchaudio wheels refuse it.
+# torch first and by its version: later torchaudio and torchvision wheels refuse it.
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -46,6 +46,10 @@ bench: env
 
 bench-quick: env
 	$(BIN)/python -m benchmarks --quick
+
+# Every claim of examples/claims put to the test; writes docs/claims.md.
+claims: env
+	$(BIN)/python examples/claims/collect.py
 
 # The site, in site/: any warning ends it. Nothing is fetched while it is built, or read.
 docs: env .venv/docs

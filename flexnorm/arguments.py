@@ -130,6 +130,12 @@ def unnamed_axes(spec: Spec, weight: Tensor | None, bias: Tensor | None) -> Spec
     return SpecError(say(rule, text=spec.text, received=received, instead='affine="c", say'))
 
 
+def label_missing(expr: Expr, lookup: Lookup) -> SpecError:
+    """What is raised where a label is read and not given."""
+    name, instead = lookup.label, keyword(lookup.label, "ids", "labels")
+    return SpecError(expr.error(f"label {name!r} is read, and not given", lookup, instead=instead))
+
+
 def label_names(spec: Spec, *parameters: Expr | None) -> dict[str, tuple[Expr, Lookup]]:
     """The labels that the pattern and the axes of the parameters read, and where."""
     exprs = [spec.sets, *(expr for expr in parameters if expr is not None)]
@@ -242,8 +248,7 @@ class Formula:
         mask_sets = None if mask is None else _check_mask(spec, axes, x, mask)
         for name, (expr, lookup) in self.lookups.items():
             if name not in labels:
-                instead = keyword(name, "ids", "labels")
-                raise SpecError(expr.error(f"label {name!r} is read, and not given", lookup, instead=instead))
+                raise label_missing(expr, lookup)
             check_operand(expr, [lookup], f"label {name!r}", labels[name].ids, x)
             check_shape(expr, f"label {name!r}", "one id at every index", [lookup], labels[name].shape, axes)
         sets, weight, bias = self._one(axes, params, x, labels, check=True)

@@ -160,7 +160,7 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
                 )
             )
         # not in forward: a mask may be given from around
-        return super()._normalize(x, _over_pixels(x, mask), *others)
+        return super()._normalize(x, over_pixels(x, mask), *others)
 
     def extra_repr(self) -> str:
         """That of `nn.GroupNorm`, and what it does not have."""
@@ -200,7 +200,7 @@ def _partition(groups: Sequence[int] | Tensor | Partition, num_groups: int, num_
     return partition
 
 
-def _over_pixels(x: Tensor, mask: Tensor | None) -> Tensor | None:
+def over_pixels(x: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask, expanded along the axes where it has size 1."""
     if not isinstance(mask, Tensor) or x.dim() < 2:  # what is no tensor, the pattern refuses
         return mask

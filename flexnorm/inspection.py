@@ -243,7 +243,7 @@ def explain(
         dtype: of x, where a shape is given.
 
     Returns:
-        An `Explanation`; of a model, or without x, a `Report`.
+        An `Explanation`; of a model, of a mixture of several patterns, or without x, a `Report`.
 
     Raises:
         SpecError, ShapeError: as in `normalize`.
@@ -636,10 +636,11 @@ def _of_torch(module: nn.Module) -> Formula | None:
     return None
 
 
-def _about(module: nn.Module) -> _About:
+def _about(module: nn.Module, tracks: bool | None = None) -> _About:
     """What a layer says without x."""
-    own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False) if not is_lazy(p)}
-    tracks = getattr(module, "running_mean", None) is not None
+    inside = isinstance(module, Norm)  # a gate, say
+    own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=inside) if not is_lazy(p)}
+    tracks = getattr(module, "running_mean", None) is not None if tracks is None else tracks
     if not isinstance(module, Norm):
         return _About(type(module).__name__, own, tracks)
     notes = []
@@ -676,17 +677,21 @@ def _watched(layer: Norm, note: Callable[[_Call], None]) -> Iterator[None]:
         note(_Call(x, mask, read))
         return run(x, mask, weight, bias, moments, dynamic, partitions, *others)
 
-    own = {"_run": noting, "_ranks": lambda: ALONE, "_evaluates_unseen": True}
-    before = dict(layer.__dict__)
-    layer.__dict__.update(own)
+    before = [(part, dict(part.__dict__)) for part in layer.modules() if isinstance(part, Norm)]
+    for part, _ in before:
+        part.__dict__["_evaluates_unseen"] = True
+    layer.__dict__.update({"_run": noting, "_ranks": lambda: ALONE})
     try:
         yield
     finally:  # what the layer noted of the call is forgotten, too
-        layer.__dict__.clear()
-        layer.__dict__.update(before)
+        for part, kept in before:
+            part.__dict__.clear()
+            part.__dict__.update(kept)
 
 
-def _of_layer(layer: nn.Module, x: Any, mask: Any, given: Mapping[str, Any], dtype: torch.dtype) -> Explanation:
+def _of_layer(
+    layer: nn.Module, x: Any, mask: Any, given: Mapping[str, Any], dtype: torch.dtype
+) -> Explanation | Report:
     beside = [p.device for p in (*layer.parameters(), *layer.buffers())]
     like = _like(x, dtype, beside[0] if beside else torch.device("cpu"))
     formula = _of_torch(layer)
@@ -707,7 +712,11 @@ def _of_layer(layer: nn.Module, x: Any, mask: Any, given: Mapping[str, Any], dty
     if not calls:
         received, instead = f"{type(layer).__name__}", "explain(its pattern, x)"
         raise SpecError(say("this layer normalizes nothing by its pattern", received=received, instead=instead))
-    return _explained(layer._formula, *calls[0], _about(layer))
+    patterns = layer._patterns()
+    if len(patterns) == 1:
+        return _explained(layer._formula, *calls[0], _about(layer))
+    seen = {str(f.spec): _explained(f, *calls[0], _about(layer, tracks)) for f, tracks in patterns}
+    return Report(_COLUMNS, tuple(_row(f"{k + 1}", layer, seen[p], True, k) for k, p in enumerate(seen)), seen)
 
 
 def _with_batch(layer: nn.Module, x: Tensor) -> Tensor:
@@ -723,16 +732,26 @@ _COLUMNS = ("layer", "class", "pattern", "sets", "elements", "known as", "sample
 def _report(model: nn.Module, x: Any) -> Report:
     kinds: tuple[type[nn.Module], ...] = (Norm, *PATTERNS)
     layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    inner = {id(part) for m in layers.values() if isinstance(m, Norm) for part in m.modules() if part is not m}
+    layers = {name: m for name, m in layers.items() if id(m) not in inner}
     seen: dict[str, Explanation] = {}
     if x is not None:
         _observe(model, layers, x, seen)
-    rows = tuple(_row(name, layer, seen.get(name), x is not None) for name, layer in layers.items())
-    return Report(_COLUMNS, rows, seen)
+    rows = []
+    for name, layer in layers.items():
+        for place in range(len(layer._patterns()) if isinstance(layer, Norm) else 1):
+            rows.append(_row(_key(name, place), layer, seen.get(_key(name, place)), x is not None, place))
+    return Report(_COLUMNS, tuple(rows), seen)
 
 
-def _row(name: str, layer: nn.Module, found: Explanation | None, ran: bool) -> tuple[str, ...]:
-    about = _about(layer)
-    formula = layer._formula if isinstance(layer, Norm) else _of_torch(layer)
+def _key(name: str, place: int) -> str:
+    """The name of a layer; of one with several patterns, the first has it, and the others count on."""
+    return f"{name} ({place + 1})".strip() if place else name
+
+
+def _row(name: str, layer: nn.Module, found: Explanation | None, ran: bool, place: int = 0) -> tuple[str, ...]:
+    formula, tracks = layer._patterns()[place] if isinstance(layer, Norm) else (_of_torch(layer), None)
+    about = _about(layer, tracks)
     pattern = "its own" if formula is None else str(formula.spec)
     sets = elements = known = samples = ""
     if found is not None:
@@ -745,7 +764,7 @@ def _row(name: str, layer: nn.Module, found: Explanation | None, ran: bool) -> t
         samples = "mixed" if _pools_first(formula.spec) else "apart"
     if about.tracks:
         samples = "running statistics"
-    count = sum(math.prod(shape) for shape in about.parameters.values())
+    count = 0 if place else sum(math.prod(shape) for shape in about.parameters.values())
     kind = type(layer).__name__
     return (name or "(model)", kind, pattern, sets, elements, known, samples, f"{count:,}")
 
@@ -775,8 +794,10 @@ def _observe(model: nn.Module, layers: Mapping[str, nn.Module], x: Any, seen: di
 
 
 def _note(seen: dict[str, Explanation], name: str, layer: Norm, call: _Call) -> None:
-    if name not in seen:
-        seen[name] = _explained(layer._formula, call.x.detach(), call.mask, call.labels, _about(layer))
+    for place, (formula, tracks) in enumerate(layer._patterns()):
+        if _key(name, place) not in seen:
+            about = _about(layer, tracks)
+            seen[_key(name, place)] = _explained(formula, call.x.detach(), call.mask, call.labels, about)
 
 
 def _note_torch(

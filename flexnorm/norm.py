@@ -68,6 +68,8 @@ class Norm(nn.Module):
     torch.Size([6, 8])
     """
 
+    _beside: Sequence[Expr] = ()  # what else a subclass reads labels for
+
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
@@ -105,8 +107,9 @@ class Norm(nn.Module):
             raise SpecError(say(rule, received=received, instead=instead))
         self._affine = None if affine is None else self._spec.read(affine, "affine")
         self._conditional = None if conditional is None else self._spec.read(conditional, "conditional")
-        self._lookups = label_names(self._spec, self._affine, self._conditional)
-        self._sizes, told = sort_names(self._spec, [self._affine, self._conditional], sizes, labels, names)
+        read = [self._affine, self._conditional, *self._beside]
+        self._lookups = label_names(self._spec, *read)
+        self._sizes, told = sort_names(self._spec, read, sizes, labels, names)
         check_eps(self._spec, eps, self._sizes, told)
         self._counts = {
             name: whole(value, f"the number of values of label {name!r}")
@@ -264,17 +267,13 @@ class Norm(nn.Module):
         return_moments: bool = False,
     ) -> tuple[Tensor, Moments | None]:
         """The result, and with `return_moments` the moments; otherwise these may run on."""
-        mean, var = self._buffers.get("running_mean"), self._buffers.get("running_var")
-        running = None
-        if moments is None and mean is not None and var is not None:
-            running = Moments(torch.ones_like(var), mean, var)
-            if not self.training:
-                self._check_seen(mean, var)
-                moments = running
+        runs = moments is None and self._buffers.get("running_mean") is not None
+        if runs and not self.training:
+            moments = self._running()
         if mask is not None and not torch.compiler.is_compiling():
             self.__dict__["_masked"] = True
         partitions = self.labels if self._static else {}
-        tracked = self.training and self.track_running_stats and running is not None and not return_moments
+        tracked = self.training and self.track_running_stats and runs and not return_moments
         ranks = ALONE if self._sharding is None or moments is not None else self._ranks()
         if ranks is ALONE:
             y, used = self._run(x, mask, weight, bias, moments, dynamic, partitions, tracked, return_moments, ranks)
@@ -512,6 +511,13 @@ class Norm(nn.Module):
                 )
             ) from error
 
+    def _running(self) -> Moments:
+        """What it evaluates by."""
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
+        assert mean is not None and var is not None
+        self._check_seen(mean, var)
+        return Moments(torch.ones_like(var), mean, var)
+
     def _check_seen(self, mean: Tensor, var: Tensor) -> None:
         """Raises where running statistics are what they were at first. No device is waited for."""
         batches = self.num_batches_tracked
@@ -686,7 +692,7 @@ class Norm(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(norm)` shows."""
-        said = [repr(str(self._spec))]
+        said = [self._said()]
         said += [f"{name}={size}" for name, size in self._sizes.items() if name.isidentifier()]
         compositions = {name: size for name, size in self._sizes.items() if not name.isidentifier()}
         said += [f"sizes={compositions}"] if compositions else []
@@ -703,6 +709,13 @@ class Norm(nn.Module):
             if value != getattr(defaults, name):
                 said.append(f"{name}={value!r}")
         return ", ".join(said)
+
+    def _said(self) -> str:
+        return repr(str(self._spec))
+
+    def _patterns(self) -> list[tuple[Formula, bool]]:
+        """What it normalizes by, and whether it evaluates by running statistics of that."""
+        return [(self._formula, self.running_mean is not None)]
 
     def _exprs(self) -> list[tuple[str, Expr | None]]:
         return [("affine", self._affine), ("conditional", self._conditional)]

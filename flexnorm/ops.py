@@ -73,7 +73,7 @@ def run(
     cumulative: bool,
 ) -> tuple[Tensor, Moments | None]:
     """`functional.run`, likewise."""
-    told = _told({"sizes": dict(formula.sizes), "labels": labels})
+    told = _told({"sizes": dict(formula.sizes), "labels": _those_read(formula, labels)})
     eps = formula.options.eps
     if moments is not None or not (tracked or apart or cumulative):
         return _normalize(x, mask, params, moments, eps, formula.head, told, None), moments
@@ -85,7 +85,13 @@ def run(
 
 def moments(formula: Formula, x: Tensor, mask: Tensor | None, labels: Mapping[str, Partition]) -> Moments:
     """`functional.own_moments`, likewise."""
-    return _moments(x, mask, formula.head, _told({"sizes": dict(formula.sizes), "labels": labels}))
+    told = _told({"sizes": dict(formula.sizes), "labels": _those_read(formula, labels)})
+    return _moments(x, mask, formula.head, told)
+
+
+def _those_read(formula: Formula, labels: Mapping[str, Partition]) -> dict[str, Partition]:
+    """A layer may have labels that only its other patterns read."""
+    return {name: labels[name] for name in formula.lookups if name in labels}
 
 
 _Told = tuple[list[Tensor], list[int], str]
@@ -602,10 +608,24 @@ def _call_moments(x: Tensor, mask: Tensor | None, ids: Any, numbers: Any, text: 
 
 
 def _call_coarsen(fields: Sequence[Tensor], ids: Any, numbers: Any, text: str) -> tuple[Tensor, ...]:
+    pattern, told = _between(ids, numbers, text)
+    m = Moments(*fields).coarsen(pattern, **told)
+    return m.count, m.mean, m.m2, _low(m)
+
+
+def _call_refine(
+    fields: Sequence[Tensor], shape: Sequence[int], ids: Any, numbers: Any, text: str
+) -> tuple[Tensor, ...]:
+    pattern, told = _between(ids, numbers, text)
+    m = Moments(*fields).refine(pattern, shape, **told)
+    return m.count, m.mean, m.m2, _low(m)
+
+
+def _between(ids: Sequence[Tensor], numbers: Sequence[int], text: str) -> tuple[str, dict[str, Any]]:
+    """A pattern from smaller sets to larger ones, with its sizes and labels."""
     pattern, of_labels, of_sizes = ast.literal_eval(text)
     labels = {name: Partition._made(label, count) for name, label, count in zip(of_labels, ids, numbers, strict=False)}
-    m = Moments(*fields).coarsen(pattern, sizes=dict(zip(of_sizes, numbers[len(ids) :], strict=True)), **labels)
-    return m.count, m.mean, m.m2, _low(m)
+    return pattern, {"sizes": dict(zip(of_sizes, numbers[len(ids) :], strict=True)), **labels}
 
 
 def _applied(recipe: Recipe, given: tuple[Any, ...], external: Moments) -> Tensor:
@@ -628,6 +648,7 @@ for _name, _schema in {
     "tracked": f"({_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "moments": f"(Tensor x, Tensor? mask, Tensor[] ids, SymInt[] numbers, str text) -> ({_MOMENTS})",
     "coarsen": f"(Tensor[] moments, Tensor[] ids, SymInt[] numbers, str text) -> ({_MOMENTS})",
+    "refine": f"(Tensor[] moments, SymInt[] shape, Tensor[] ids, SymInt[] numbers, str text) -> ({_MOMENTS})",
 }.items():
     _LIBRARY.define(_name + _schema)
     for _key in ("CompositeImplicitAutograd", "FuncTorchBatched"):

@@ -198,6 +198,38 @@ class Spec:
         """The same with one more axis of the statistics, the last: `"b c t -> b c"` keeping t is `"b c t -> b c t"`."""
         return _parse(f"{self} {name}")
 
+    def refined(self, other: Spec) -> Spec:
+        """The pattern of the largest sets that those of both are made of: "n c -> n" and "n c -> c" of "n c -> n c".
+
+        A label that is read at kept axes tells no sets apart that these do not.
+        """
+        atoms = list(self.sets.union(other.sets).atoms())
+        atoms = [a for a in atoms if not (isinstance(a, Lookup) and all(axis in atoms for axis in a.axes))]
+        mask = "" if self.mask is None else f", {self.mask}"
+        return _parse(f"{self.x}{mask} -> {' '.join(map(str, atoms))}")
+
+    def coarsening(self, coarse: Spec) -> tuple[Spec, tuple[str, ...]]:
+        """The pattern from the moments of these sets to those of larger ones, and the labels that it reads.
+
+        A label that these sets have is an axis of theirs, called as the label.
+        """
+        taken = {axis.name for axis in self.x.axes()}
+        names = {lookup: lookup.label for lookup in self.sets.lookups()}
+        for lookup, name in names.items():
+            while name in taken:
+                name += "s"
+            names[lookup] = name
+            taken.add(name)
+
+        def named(element: Element) -> str:
+            if isinstance(element, Group):
+                return f"({' '.join(map(named, element.atoms))})" if element.atoms else "1"
+            return names.get(element, str(element)) if isinstance(element, Lookup) else str(element)
+
+        left, right = (" ".join(map(named, spec.sets.elements)) for spec in (self, coarse))
+        pattern = _parse(f"{left} -> {right}")
+        return pattern, tuple(lookup.label for lookup in pattern.sets.lookups())
+
     def in_parts(self) -> Spec:
         """The same for the real and imaginary parts of x, which are one more axis of x and of the statistics."""
         taken = {axis.name for axis in self.x.axes()} | {lookup.label for lookup in self.sets.lookups()}

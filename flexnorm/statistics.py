@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,47 +152,93 @@ class Moments:
         Moments(count=tensor(4), mean=tensor(3.), m2=tensor(18.))
         """
         if torch.compiler.is_dynamo_compiling() and all(isinstance(label, Partition) for label in labels.values()):
-            told = {**{name: label.count for name, label in labels.items()}, **(sizes or {})}
-            text = repr((pattern, list(labels), list(sizes or {})))
-            fields, ids = [self.count, self.mean, self.m2, self._low], [label.ids for label in labels.values()]
-            return Moments(*torch.ops.flexnorm.coarsen(fields, ids, list(told.values()), text))
-        spec = Spec.parse(pattern)
-        if spec.mask is not None:
-            rule, instead = "moments have counts, so they take no mask", f'"{spec.x} -> {spec.sets}"'
-            raise SpecError(spec.mask.error(rule, *spec.mask.elements, instead=instead))
+            return Moments(*torch.ops.flexnorm.coarsen(self._fields, *_told(pattern, sizes, labels)))
         self.check()
+        spec = _between(pattern, labels)
         if self.mean.is_complex():
             return self.parts().coarsen(str(spec.in_parts()), sizes=sizes, **labels).joined()
-        read = [lookup.label for lookup in spec.sets.lookups()]
-        for name in labels:
-            if name not in read:
-                received, instead = f"{name}={shown(labels[name])}", f"leave {name}= out; sizes go into sizes="
-                raise SpecError(
-                    say(f"the pattern reads no {name!r}", text=spec.text, received=received, instead=instead)
-                )
-        missing = [lookup for lookup in spec.sets.lookups() if not isinstance(labels.get(lookup.label), Partition)]
-        if missing:
-            name = missing[0].label
-            raise SpecError(
-                spec.sets.error(
-                    f"label {name!r} is given as a Partition",
-                    *missing,
-                    received=f"{name}={shown(labels.get(name))}",
-                    instead=f"m.coarsen(pattern, {name}=Partition(ids))",
-                )
-            )
-        axes = bind(spec, tuple(self.mean.shape), tuple((sizes or {}).items()))
-        for lookup in spec.sets.lookups():
-            label = labels[lookup.label]
-            check_operand(spec.sets, [lookup], f"label {lookup.label!r}", label.ids, self.mean)
-            check_shape(spec.sets, f"label {lookup.label!r}", "one id at every index", [lookup], label.shape, axes)
-        sets = sets_of(axes, spec.sets, labels)
-        fields = [
-            t.where(self.count > 0, 0) for t in (self.count, self.mean, self.m2, self._low)
-        ]  # empty: whatever mean
-        parts = [t.reshape(axes.sizes) for t in fields]
-        merged = pool(sets, parts[0], parts[1], m2=parts[2], low=parts[3])
+        sets = _larger(spec, self.mean, tuple(self.mean.shape), sizes, labels)
+        fields = [t.where(self.count > 0, 0).reshape(sets.axes.sizes) for t in self._fields]  # empty: whatever mean
+        merged = pool(sets, fields[0], fields[1], m2=fields[2], low=fields[3])
         return merged.outward(sets)
+
+    def refine(
+        self, pattern: str, shape: Sequence[int], /, *, sizes: Sizes | None = None, **labels: Partition
+    ) -> Moments:
+        """These moments at each of the smaller sets that theirs are made of: the way back from `coarsen`.
+
+        Args:
+            pattern: as in `coarsen`, whose result has the axes of these moments.
+            shape: of the moments of the smaller sets, which the left side names.
+
+        >>> Moments(torch.tensor(4), torch.tensor(3.0), torch.tensor(18.0)).refine("n -> ", (2,))
+        Moments(count=tensor([4, 4]), mean=tensor([3., 3.]), m2=tensor([18., 18.]))
+        """
+        if torch.compiler.is_dynamo_compiling() and all(isinstance(label, Partition) for label in labels.values()):
+            return Moments(*torch.ops.flexnorm.refine(self._fields, shape, *_told(pattern, sizes, labels)))
+        self.check()
+        sets = _larger(_between(pattern, labels), self.mean, tuple(shape), sizes, labels)
+        if tuple(self.mean.shape) != sets.shape:
+            received = f"moments of shape {tuple(self.mean.shape)}, sets of shape {sets.shape}"
+            rule = "moments are refined from the sets that the right side names"
+            raise ShapeError(say(rule, text=pattern, received=received, instead='m.coarsen("n c -> n") of the finer'))
+        return each(lambda t: sets.spread(sets.inward(t)).expand(sets.axes.sizes).reshape(shape), self)
+
+    def mixed(self, weights: Tensor, var_weights: Tensor | None = None) -> Moments:
+        """The moments of mixtures: averages of means and of variances over the last axis, which then is gone.
+
+        Of each set, the last axis has the moments of alternatives: its channel's, its image's, its batch's. Those that
+        are empty have no say. This is what Switchable Norm divides by; it is not the union of the alternatives, which
+        `coarsen` gives.
+
+        Args:
+            weights: of the means, 0 or more, broadcastable against these moments; divided by their sum. Differentiable.
+            var_weights: of the variances; None: those of the means.
+
+        Returns:
+            Moments whose count is the weighted average of the counts: it only says whether there is anything.
+
+        >>> m = Moments(torch.tensor([2, 2]), torch.tensor([0.0, 4.0]), torch.tensor([2.0, 6.0]))
+        >>> mixed = m.mixed(torch.tensor([0.75, 0.25]))
+        >>> mixed.mean, mixed.var
+        (tensor(1.), tensor(1.5000))
+
+        Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", 2019.
+        """
+        known = self.count > 0
+        of_means, of_vars = (_shares(w, known) for w in (weights, weights if var_weights is None else var_weights))
+        var, mean, low = (t.where(known, 0) for t in (self.var, self.mean, self._low))
+        # As in `pool`: a shift first, so that neither shares that sum to 1 - 1e-7 nor rounding cost digits of the mean.
+        high = (of_means * mean).sum(-1).detach()
+        rest = (of_means * (mean - high[..., None] + low).where(known, 0)).sum(-1)
+        rounded = high + rest
+        count = (of_means * self.count).sum(-1).detach()
+        return Moments(count, rounded, (of_vars * var).sum(-1) * count, ((high - rounded) + rest).detach())
+
+    def mixed_results(self, weights: Tensor, eps: float) -> Moments:
+        """The moments by which x is normalized to the average of what the alternatives of the last axis make of it.
+
+        As each result is a line in x, so is their average: sum_k w_k (x - mean_k) / sigma_k = (x - mean) / sigma, with
+        1 / sigma = sum_k w_k / sigma_k, and means weighted by w_k / sigma_k. One pass in place of one per alternative.
+
+        Args:
+            weights: of the results, 0 or more, broadcastable against these moments; divided by their sum.
+                Differentiable.
+            eps: that of the norm.
+
+        >>> m = Moments(torch.tensor([2, 2]), torch.tensor([0.0, 4.0]), torch.tensor([2.0, 8.0]))
+        >>> m.mixed_results(torch.tensor([0.5, 0.5]), eps=0.0).mean  # x / 2 + (x - 4) / 4 = (x - 4 / 3) * 3 / 4
+        tensor(1.3333)
+        """
+        known = self.count > 0
+        square = self.var + eps
+        scaled = known & (square > 0)  # neither eps nor variance: the result is 0
+        rates = square.where(scaled, 1).rsqrt().where(scaled, 0) * _shares(weights, known)
+        rate = rates.sum(-1)
+        some = rate > 0
+        mean = self.mixed(rates.where(some[..., None], 1))
+        var = rate.where(some, 1).reciprocal().square() - eps
+        return Moments(mean.count, mean.mean, var.clamp(min=0).where(some, 0) * mean.count, mean.low)
 
     def about(self, share: Tensor | float) -> Moments:
         """The moments about `share` times the mean, in place of the mean.
@@ -247,14 +293,68 @@ class Moments:
     def _low(self) -> Tensor:
         return torch.zeros_like(self.mean) if self.low is None else self.low
 
+    @property
+    def _fields(self) -> list[Tensor]:
+        return [self.count, self.mean, self.m2, self._low]
+
     def __repr__(self) -> str:
         return f"Moments(count={self.count!r}, mean={self.mean!r}, m2={self.m2!r})"
 
 
 def each(f: Callable[..., Tensor], *moments: Moments) -> Moments:
     """Moments whose every field is f of the fields."""
-    fields = [(m.count, m.mean, m.m2, m._low) for m in moments]
+    fields = [m._fields for m in moments]
     return Moments(*(f(*tensors) for tensors in zip(*fields, strict=True)))
+
+
+def _told(pattern: str, sizes: Sizes | None, labels: Mapping[str, Partition]) -> tuple[list[Tensor], list[int], str]:
+    """What operators take: ids of labels, their counts and the sizes, and what these are of."""
+    numbers = [*(label.count for label in labels.values()), *(sizes or {}).values()]
+    return [label.ids for label in labels.values()], numbers, repr((pattern, list(labels), list(sizes or {})))
+
+
+def _between(pattern: str, labels: Mapping[str, Any]) -> Spec:
+    """The pattern from smaller sets to larger ones, and whether the labels are those that it reads."""
+    spec = Spec.parse(pattern)
+    if spec.mask is not None:
+        rule, instead = "moments have counts, so they take no mask", f'"{spec.x} -> {spec.sets}"'
+        raise SpecError(spec.mask.error(rule, *spec.mask.elements, instead=instead))
+    read = [lookup.label for lookup in spec.sets.lookups()]
+    for name in labels:
+        if name not in read:
+            received, instead = f"{name}={shown(labels[name])}", f"leave {name}= out; sizes go into sizes="
+            raise SpecError(say(f"the pattern reads no {name!r}", text=spec.text, received=received, instead=instead))
+    missing = [lookup for lookup in spec.sets.lookups() if not isinstance(labels.get(lookup.label), Partition)]
+    if missing:
+        name = missing[0].label
+        raise SpecError(
+            spec.sets.error(
+                f"label {name!r} is given as a Partition",
+                *missing,
+                received=f"{name}={shown(labels.get(name))}",
+                instead=f"m.coarsen(pattern, {name}=Partition(ids))",
+            )
+        )
+    return spec
+
+
+def _larger(
+    spec: Spec, mean: Tensor, shape: tuple[int, ...], sizes: Sizes | None, labels: Mapping[str, Partition]
+) -> Sets:
+    """The larger sets, over moments of this shape."""
+    axes = bind(spec, shape, tuple((sizes or {}).items()))
+    for lookup in spec.sets.lookups():
+        label = labels[lookup.label]
+        check_operand(spec.sets, [lookup], f"label {lookup.label!r}", label.ids, mean)
+        check_shape(spec.sets, f"label {lookup.label!r}", "one id at every index", [lookup], label.shape, axes)
+    return sets_of(axes, spec.sets, labels)
+
+
+def _shares(weights: Tensor, known: Tensor) -> Tensor:
+    """Weights of alternatives, divided by their sum; 0 for those that are empty."""
+    shares = weights.where(known, 0)
+    total = shares.sum(-1, keepdim=True)
+    return shares / total.where(total > 0, 1)
 
 
 def _up_to(m: Moments) -> Moments:

@@ -36,10 +36,15 @@ ORDER = [
     "padding",
     "graphs",
     "spectrograms",
-    "conversion",
+    "mixtures",
+    "grouping",
+    "presets",
     "privacy",
     "drawing",
     "inspection",
+    "recommendation",
+    "transition",
+    "conversion",
     "__main__",
 ]
 ROOMS = ["interface", "aten", "native", "cpu", "triton", "plan", "__init__"]
@@ -90,7 +95,7 @@ def test_import_is_silent_and_loads_nothing_heavy():
     assert done.stderr == ""
 
 
-ADAPTERS = ["images", "sequences", "padding", "graphs", "spectrograms"]
+ADAPTERS = ["images", "sequences", "padding", "graphs", "spectrograms", "grouping", "presets"]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

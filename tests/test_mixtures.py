@@ -1,0 +1,568 @@
+"""Mixtures against loops over their elements in float64, and against what they become when one pattern counts alone."""
+
+import copy
+import pickle
+
+import oracle
+import pytest
+import torch
+from torch import nn
+
+import flexnorm
+from flexnorm import Norm, Partition, ShapeError, SpecError
+from flexnorm.mixtures import Alternatives, ContextGate, ContextNorm, DualNorm, LearnedGate, Mixture, SwitchableNorm
+
+GRAPH = torch.tensor([1, 0, 0, 2, 1, 0, 2])
+SENSOR = torch.tensor([0, 1, 0, 1, 1, 0])
+REGION = torch.tensor([[0, 1, 1, 0], [2, 2, 0, 1]])
+MEMBERS = torch.tensor([[1, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]]).bool()
+WEIGHTS = torch.tensor([[1.0, 0.5, 0.0, 2.0, 1.0], [0.0, 0.0, 0.0, 0.0, 0.0], [0.1, 1.0, 3.0, 1.0, 0.3]])
+
+# patterns, shape of x, mask, options of the layer, labels
+CASES = {
+    "switchable": (["n c h w -> n c", "n c h w -> n", "n c h w -> c"], (3, 4, 2, 3), None, {}, {}),
+    "dots": (["n c ... -> n c", "n c ... -> "], (3, 4, 2, 3), None, {}, {}),
+    "groups": (["n (g c) t -> n g c", "n (g c) t -> n g", "n (g c) t -> g c"], (3, 6, 5), None, {"g": 2}, {}),
+    "one pattern": (["n c t -> n"], (3, 4, 5), None, {}, {}),
+    "no common finest": (["n c t -> n t", "n c t -> c"], (3, 4, 5), None, {}, {}),
+    "masked": (["b t c, b t -> b c", "b t c, b t -> b t", "b t c, b t -> c"], (3, 5, 4), MEMBERS, {}, {}),
+    "weighted": (["b t c, b t -> b c", "b t c, b t -> b", "b t c, b t -> "], (3, 5, 4), WEIGHTS, {}, {}),
+    "graphs": (["v c -> graph[v] c", "v c -> graph[v]", "v c -> c"], (7, 3), None, {}, {"graph": GRAPH}),
+    "graphs and nodes": (["v c -> graph[v] c", "v c -> v"], (7, 3), None, {}, {"graph": GRAPH}),
+    "a label of kept axes": (["n c t -> n c", "n c t -> n sensor[c]"], (2, 6, 5), None, {}, {"sensor": SENSOR}),
+    "regions": (["n h w -> n region[h w]", "n h w -> region[h w]"], (3, 2, 4), None, {}, {"region": REGION}),
+    "two labels": (
+        ["v c -> graph[v] sensor[c]", "v c -> graph[v]", "v c -> sensor[c]"],
+        (7, 6),
+        None,
+        {},
+        {"graph": GRAPH, "sensor": SENSOR},
+    ),
+}
+
+
+def alternatives(x, patterns, mask, sizes, labels):
+    """For every element: count, mean and variance of its set in each pattern, (numel, K), differentiable."""
+    columns = []
+    for pattern in patterns:
+        p = oracle.Pattern(pattern, x.shape, sizes, labels)
+        count, mean, m2 = oracle.moments(x, pattern, mask, sizes=sizes, labels=labels)
+        places = [p.place(p.right, element) for element in p.elements]
+        var = m2 / count.where(count > 0, 1)
+        columns.append(torch.stack([torch.stack([t[place] for place in places]) for t in (count, mean, var)]))
+    return torch.stack(columns, -1)
+
+
+def mixture(x, patterns, of_means, of_vars, mask, sizes, labels, mix, eps=1e-5):
+    """y in float64, differentiable in x and the logits, (numel, K) or (K,)."""
+    count, mean, var = alternatives(x, patterns, mask, sizes, labels)
+    known = count > (0 if mask is not None and mask.is_floating_point() else 1)
+    known = known | (~known.any(-1, keepdim=True) & (count > 0))
+    w, v = (
+        logits.double().expand(count.shape).masked_fill(~known, -1e30).softmax(-1) for logits in (of_means, of_vars)
+    )
+    flat = x.double().flatten()
+    if mix == "moments":
+        y = (flat - (w * mean).sum(-1)) / ((v * var).sum(-1) + eps).sqrt()
+    else:
+        y = (w * (flat[:, None] - mean) / (var + eps).sqrt()).sum(-1)
+    inside = known.any(-1)
+    if mask is not None and mask.dtype == torch.bool:
+        p = oracle.Pattern(patterns[0], x.shape, sizes, labels)
+        inside = inside & torch.stack([mask[p.mask_place(element)] for element in p.elements])
+    return y.where(inside, 0).reshape(x.shape)
+
+
+def made(case, mix, **options):
+    patterns, shape, mask, sizes, labels = CASES[case]
+    torch.manual_seed(0)
+    norm = Mixture(patterns, mix=mix, **sizes, **options)
+    with torch.no_grad():
+        for weight in norm.gate.parameters():
+            weight.copy_(torch.randn_like(weight))
+    return norm, patterns, shape, mask, sizes, labels
+
+
+@pytest.mark.parametrize("mix", ["moments", "results"])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.01, 3.0), (50.0, -1000.0)])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_the_loops(case, scale, offset, mix):
+    """In float64: sums of up to 60 terms, which eps magnifies 1e3 times at most; 1e-9 leaves a factor of 1e3."""
+    norm, patterns, shape, mask, sizes, labels = made(case, mix, dtype=torch.float64)
+    x = (offset + scale * torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    weights = [norm.gate.mean_weight, norm.gate.mean_weight if mix == "results" else norm.gate.var_weight]
+    y = norm(x, mask, **labels)
+    expected = mixture(x, patterns, *weights, mask, sizes, labels, mix)
+    size = 1 + expected.abs().max() + abs(offset) / scale
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-9 * float(size.detach()))
+    dy = torch.randn(shape, dtype=torch.float64)
+    used = [x, *norm.gate.parameters()]
+    for got, want in zip(torch.autograd.grad(y, used, dy), torch.autograd.grad(expected, used, dy), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7 * float(want.abs().max() + 1e-12))
+
+
+@pytest.mark.parametrize("mix", ["moments", "results"])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (0.1, 1000.0), (1e3, 1e-3)])
+@pytest.mark.parametrize("case", CASES)
+def test_float32_is_as_exact_as_one_norm(case, scale, offset, mix):
+    """Design 4.4: 4 eps (|mean| / sigma + |y|) + 1e-6, of the smallest sigma, as any of the patterns may be the one."""
+    norm, patterns, shape, mask, sizes, labels = made(case, mix)
+    x = offset + scale * torch.randn(shape)
+    weights = [norm.gate.mean_weight, norm.gate.mean_weight if mix == "results" else norm.gate.var_weight]
+    expected = mixture(x, patterns, *weights, mask, sizes, labels, mix).detach()
+    count, mean, var = alternatives(x, patterns, mask, sizes, labels)
+    known = count > 1
+    sigma = (var.where(known, torch.inf).amin(-1) + 1e-5).sqrt().reshape(shape)
+    ratio = (mean.abs().amax(-1).reshape(shape) / sigma).clamp(max=1e12)
+    # Where a mean of sets that differ comes in, their distance counts as deviations do.
+    spread = (x.double() - mean.mean()).abs().amax() / sigma
+    bound = 4 * torch.finfo(torch.float32).eps * (ratio + expected.abs() + spread) + 1e-6
+    error = (norm(x, mask, **labels).double() - expected).abs()
+    assert (error <= bound).all(), (error / bound).max()
+
+
+def test_moments_mixed_are_those_of_the_formula():
+    torch.manual_seed(0)
+    x = torch.randn(5, 7, dtype=torch.float64) + 10
+    m = flexnorm.moments(x, "n c -> n c")
+    m = flexnorm.Moments(torch.full((5, 7), 4.0), m.mean, torch.rand(5, 7, dtype=torch.float64))
+    w, v = torch.rand(2, 5, 7, dtype=torch.float64)
+    mixed = m.mixed(w, v)
+    torch.testing.assert_close(mixed.mean, (w * x).sum(-1) / w.sum(-1))
+    torch.testing.assert_close(mixed.var, (v * m.m2 / 4).sum(-1) / v.sum(-1))
+    z = torch.randn(5, 1, dtype=torch.float64)
+    of_results = m.mixed_results(w, 0.1)
+    expected = (w * (z - x) / (m.m2 / 4 + 0.1).sqrt()).sum(-1) / w.sum(-1)
+    torch.testing.assert_close((z[:, 0] - of_results.mean) / (of_results.var + 0.1).sqrt(), expected)
+
+
+def test_empty_alternatives_have_no_say():
+    m = flexnorm.Moments(torch.tensor([0, 3]), torch.tensor([torch.nan, 2.0]), torch.tensor([torch.nan, 6.0]))
+    for mixed in (m.mixed(torch.tensor([0.9, 0.1])), m.mixed_results(torch.tensor([0.9, 0.1]), 0.0)):
+        assert mixed.mean == 2.0
+        torch.testing.assert_close(mixed.var, torch.tensor(2.0))
+    empty = flexnorm.Moments(torch.tensor([0, 0]), torch.zeros(2), torch.zeros(2)).mixed(torch.tensor([0.5, 0.5]))
+    assert empty.count == 0
+    assert empty.mean == 0
+
+
+def test_results_of_alternatives_without_variance_and_eps_are_zero():
+    """eps = 0 and var = 0 give 0, so with half of the weight the result is half of the other's; alone, 0."""
+    x = torch.tensor([5.0, 7.0, 9.0])
+    m = flexnorm.Moments(torch.tensor([3, 3]), torch.tensor([5.0, 7.0]), torch.tensor([0.0, 6.0]))
+    mixed = m.mixed_results(torch.tensor([0.5, 0.5]), 0.0)
+    y = flexnorm.normalize(x, "n ->", moments=mixed, eps=0)
+    torch.testing.assert_close(y, (x - 7) / 2**0.5 / 2)
+    alone = flexnorm.Moments(torch.tensor([3, 3]), torch.tensor([5.0, 7.0]), torch.zeros(2))
+    assert (flexnorm.normalize(x, "n ->", moments=alone.mixed_results(torch.ones(2), 0.0), eps=0) == 0).all()
+
+
+@pytest.mark.parametrize("labels", [{}, {"kind": Partition(torch.tensor([2, 0, 0, 2]), count=4)}])
+def test_refined_is_what_coarsened_of_every_set(labels):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5) + 100
+    fine = flexnorm.moments(x, "n c t -> n c")
+    pattern = "n c -> n kind[c]" if labels else "n c -> c"
+    back = fine.coarsen(pattern, **labels).refine(pattern, fine.mean.shape, **labels)
+    for n in range(3):
+        for c in range(4):
+            inside = (
+                x[n, [i for i in range(4) if labels["kind"].ids[i] == labels["kind"].ids[c]]] if labels else x[:, c]
+            )
+            assert back.count[n, c] == inside.numel()
+            torch.testing.assert_close(back.mean[n, c].double(), inside.double().mean(), rtol=1e-6, atol=0)
+            torch.testing.assert_close(back.var[n, c].double(), inside.double().var(unbiased=False), rtol=1e-5, atol=0)
+
+
+def test_what_is_refined_fits_its_pattern():
+    m = flexnorm.moments(torch.randn(3, 4, 5), "n c t -> n c")
+    with pytest.raises(ShapeError, match="refined from the sets"):
+        m.refine("n c -> n", (3, 4))
+
+
+def certain(gate, index):
+    """A gate of one pattern alone: the others have exp(-200) of its weight, nothing in float32."""
+    with torch.no_grad():
+        for weight in gate.parameters():
+            weight.copy_(200.0 * (torch.arange(weight.shape[-1]) == index))
+
+
+PEERS = {
+    0: lambda x: nn.functional.instance_norm(x),
+    1: lambda x: nn.functional.layer_norm(x, x.shape[1:]),
+    2: lambda x: nn.functional.batch_norm(x, None, None, training=True),
+}
+
+
+@pytest.mark.parametrize("index", PEERS)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_switchable_norm_certain_of_one_is_that_of_torch(index, memory):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(4, 6, 5, 7) + 2).to(memory_format=memory)
+    norm = SwitchableNorm(6)
+    certain(norm.gate, index)
+    torch.testing.assert_close(norm(x), PEERS[index](x), rtol=1e-5, atol=1e-5)
+    assert norm(x).is_contiguous(memory_format=memory)
+
+
+def switchable(x, mean_weight, var_weight, running=None, eps=1e-5):
+    """As the paper writes it, in float64 (and as its authors' code does, but for biased variances)."""
+    x = x.double()
+    means = [x.mean((2, 3), keepdim=True), x.mean((1, 2, 3), keepdim=True), x.mean((0, 2, 3), keepdim=True)]
+    variances = [
+        x.var((2, 3), unbiased=False, keepdim=True),
+        x.var((1, 2, 3), unbiased=False, keepdim=True),
+        x.var((0, 2, 3), unbiased=False, keepdim=True),
+    ]
+    if running is not None:
+        means[2], variances[2] = (t.double().view(1, -1, 1, 1) for t in running)
+    w, v = mean_weight.double().softmax(0), var_weight.double().softmax(0)
+    mean, var = (sum(a * b for a, b in zip(p, q, strict=True)) for p, q in ((w, means), (v, variances)))
+    return (x - mean) / (var + eps).sqrt()
+
+
+def test_switchable_norm_is_that_of_the_paper_in_training_and_evaluation():
+    torch.manual_seed(0)
+    norm = SwitchableNorm(6, dtype=torch.float64)
+    batch_norm = nn.BatchNorm2d(6, dtype=torch.float64)
+    with torch.no_grad():
+        for p in norm.gate.parameters():
+            p.copy_(torch.randn(3))
+    for _ in range(3):
+        x = 3 * torch.randn(4, 6, 5, 7, dtype=torch.float64) + 2
+        expected = switchable(x, norm.gate.mean_weight, norm.gate.var_weight)
+        torch.testing.assert_close(norm(x), expected, rtol=1e-9, atol=1e-9)
+        batch_norm(x)
+    runs = norm.running["2"]
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(runs, name), getattr(batch_norm, name))
+    norm.eval()
+    running = (runs.running_mean, runs.running_var)
+    expected = switchable(x, norm.gate.mean_weight, norm.gate.var_weight, running)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_in_evaluation_a_sample_is_normalized_alone():
+    torch.manual_seed(0)
+    norm = SwitchableNorm(4)
+    x = torch.randn(6, 4, 5, 5)
+    norm(x)
+    norm.eval()
+    torch.testing.assert_close(norm(x)[:1], norm(x[:1]), rtol=0, atol=1e-6)  # a few roundings of |y| < 4
+
+
+def test_evaluation_before_any_batch_is_an_error():
+    with pytest.raises(SpecError, match="have seen no batch"):
+        SwitchableNorm(4).eval()(torch.randn(2, 4, 3, 3))
+
+
+def test_return_moments_changes_nothing():
+    norm = SwitchableNorm(4)
+    x = torch.randn(2, 4, 3, 3)
+    y, used = norm(x, return_moments=True)
+    assert not norm.running["2"].num_batches_tracked
+    assert used.mean.shape == (2, 4)
+    torch.testing.assert_close(y, norm(x))
+    assert norm.running["2"].num_batches_tracked == 1
+
+
+def test_calibrated_as_other_layers_with_running_statistics():
+    torch.manual_seed(0)
+    x = torch.randn(30, 4, 3, 3) + 5
+    norm = flexnorm.calibrate(SwitchableNorm(4), x.split(7))
+    torch.testing.assert_close(norm.running["2"].running_mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(norm.running["2"].running_var, x.var((0, 2, 3)))
+
+
+def test_dual_norm_begins_as_the_average_of_both():
+    torch.manual_seed(0)
+    x = 3 * torch.randn(4, 8, 5, 5) + 2
+    both = nn.functional.group_norm(x, 2), nn.functional.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(DualNorm(2, 8)(x), sum(both) / 2, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (1, 8, 1, 1)])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_dual_norm_of_one_value_per_channel_is_group_norm(shape, offset):
+    """Whatever the gate has learned."""
+    torch.manual_seed(0)
+    norm = DualNorm(2, 8)
+    for p in norm.gate.parameters():
+        nn.init.normal_(p)
+    x = (torch.randn(shape) + offset).requires_grad_()
+    y, expected = norm(x), nn.functional.group_norm(x.double(), 2)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=4 * 1.2e-7 * (offset + 4) + 1e-6)
+    dy = torch.randn(shape)
+    got, want = torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, x, dy.double())[0]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    assert norm.running["1"].running_var.isfinite().all()
+
+
+def test_dual_norm_learns_to_distrust_a_batch_that_is_small():
+    """Targets are those of group norm; with the noise of small batches the gate's weight of group norm rises."""
+    torch.manual_seed(0)
+    norm = DualNorm(2, 8, affine=False)
+    optimizer = torch.optim.Adam(norm.parameters(), lr=0.1)
+    for _ in range(60):
+        x = torch.randn(2, 8, 2, 2)
+        loss = (norm(x) - nn.functional.group_norm(x, 2)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x = torch.randn(2, 8, 2, 2)
+    error = (norm(x) - nn.functional.group_norm(x, 2)).square().mean()
+    untrained = (DualNorm(2, 8)(x) - nn.functional.group_norm(x, 2)).square().mean()
+    assert error < untrained / 4
+
+
+def test_what_a_gate_sees():
+    """Noise of a variance by simulation; distances and ratios by hand; and nothing of gain and offset."""
+    seen = []
+
+    class Watching(LearnedGate):
+        def forward(self, alternatives):
+            seen.append(alternatives)
+            return super().forward(alternatives)
+
+    torch.manual_seed(0)
+    norm = Mixture(["n c t -> n c", "n c t -> n"], gate=Watching(2), eps=0.0, dtype=torch.float64)
+    x = torch.randn(400, 3, 50, dtype=torch.float64) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1)
+    norm(x)
+    norm(1000 * x - 7)
+    first, second = (alternatives.features() for alternatives in seen)
+    torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        seen[0].noise[0], torch.tensor([(2 / 50) ** 0.5, (2 / 150) ** 0.5]).double().expand(3, 2)
+    )
+    measured = x.var(-1).std(0) / x.var(-1).mean(0)
+    torch.testing.assert_close(measured, seen[0].noise[0, :, 0], rtol=0.15, atol=0)  # 4 / sqrt(2 * 400)
+    own, image = x.var(-1, unbiased=False), x.flatten(1).var(-1, unbiased=False)[:, None].expand(-1, 3)
+    middle = (own + image) / 2
+    torch.testing.assert_close(first[..., 2], torch.stack([(own / middle).log(), (image / middle).log()], -1))
+    apart = (x.mean(-1) - x.mean((1, 2))[:, None]) / 2 / middle.sqrt()
+    torch.testing.assert_close(first[..., 1], torch.stack([apart, -apart], -1))
+
+
+@pytest.mark.parametrize("mix", ["moments", "results"])
+def test_a_choice_that_depends_on_the_input_against_the_loops(mix):
+    """The gate is called by itself on what the loops say, and the result compared: features are part of the graph."""
+    torch.manual_seed(0)
+    patterns = ["n c t -> n c", "n c t -> n", "n c t -> "]
+    gate = ContextGate(3, 5, separate=mix == "moments", dtype=torch.float64)
+    for p in gate.parameters():
+        nn.init.normal_(p)
+    norm = Mixture(patterns, gate=gate, mix=mix, dtype=torch.float64)
+    x = (2 * torch.randn(3, 4, 6, dtype=torch.float64) + 3).requires_grad_()
+    count, mean, var = alternatives(x, patterns, None, {}, {})
+    even = var.mean(-1, keepdim=True) + 1e-5
+    distance = (mean - mean.mean(-1, keepdim=True)) / even.sqrt()
+    features = torch.stack([(2 / count).sqrt(), distance, ((var + 1e-5) / even).log()], -1).flatten(-2)
+    logits = gate.out(nn.functional.silu(gate.hidden(features)))
+    both = logits.chunk(2, -1) if mix == "moments" else (logits, logits)
+    expected = mixture(x, patterns, *both, None, {}, {}, mix)
+    y = norm(x)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    dy = torch.randn_like(x)
+    used = [x, *gate.parameters()]
+    for got, want in zip(torch.autograd.grad(y, used, dy), torch.autograd.grad(expected, used, dy), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
+
+
+def test_context_norm_chooses_by_the_input_and_by_nothing_else_than_its_own_sample():
+    torch.manual_seed(0)
+    norm = ContextNorm(2, 8)
+    for p in norm.gate.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(5, 8, 4, 4)
+    torch.testing.assert_close(norm(x)[2:3], norm(x[2:3]), rtol=0, atol=2e-6)  # a few roundings of |y| < 5
+    gains = torch.tensor([1.0, 1.0, 5.0, 5.0, 5.0]).view(5, 1, 1, 1)
+    torch.testing.assert_close(norm(gains * x + 3), norm(x), rtol=0, atol=1e-3)  # but for eps, and what offset 3 rounds
+    tilted = x * torch.linspace(0.1, 3, 8).view(8, 1, 1)
+    parts = [flexnorm.normalize(tilted, p, g=2) for p in ("n (g c) h w -> n g c", "n (g c) h w -> n g")]
+    assert (norm(tilted) - parts[0]).abs().max() > 0.1
+    assert (norm(tilted) - parts[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("make", [lambda: SwitchableNorm(8), lambda: DualNorm(2, 8), lambda: ContextNorm(2, 8)])
+@pytest.mark.parametrize("filler", [0.0, 1e30, torch.nan, torch.inf])
+def test_what_padding_holds_changes_no_bit(make, filler):
+    torch.manual_seed(0)
+    norm = make()
+    mask = torch.rand(3, 5, 4) < 0.6
+    mask[1] = False
+    x = torch.randn(3, 8, 5, 4)
+    inside = mask[:, None].expand_as(x)
+    dy = torch.randn_like(x)
+    results = []
+    for padding in (1.0, filler):
+        given = x.where(inside, padding).requires_grad_()
+        y = copy.deepcopy(norm)(given, mask)
+        y.backward(dy)
+        results.append((y, given.grad))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert (results[1][0][~inside] == 0).all()
+    assert (results[1][1][~inside] == 0).all()
+
+
+def test_masks_and_labels_from_around():
+    patterns = ["v c, v -> graph[v] c", "v c, v -> c"]
+    norm = Mixture(patterns)
+    x, mask = torch.randn(7, 3), torch.rand(7) < 0.8
+    with flexnorm.given(mask=mask, graph=GRAPH):
+        y = nn.Sequential(norm)(x)
+    assert torch.equal(y, norm(x, mask, graph=GRAPH))
+    norm = Mixture(["n c t -> n c", "n c t -> n sensor[c]"])
+    with flexnorm.given(sensor=SENSOR):
+        y = norm(x := torch.randn(2, 6, 5))
+    assert torch.equal(y, norm(x, sensor=SENSOR))
+
+
+def test_static_labels_are_part_of_the_layer():
+    norm = Mixture(["n c t -> n c", "n c t -> n sensor[c]"], sensor=SENSOR)
+    assert "sensor_ids" in norm.state_dict()
+    x = torch.randn(2, 6, 5)
+    assert torch.equal(norm(x), Mixture(["n c t -> n c", "n c t -> n sensor[c]"])(x, sensor=SENSOR))
+
+
+def test_running_statistics_of_labels():
+    norm = Mixture(["v c -> v", "v c -> kind[v] c"], c=3, kind=3, track_running_stats=True)
+    x = torch.randn(7, 3)
+    norm(x, kind=GRAPH)
+    expected = torch.stack([x[k == GRAPH].mean(0) for k in range(3)])
+    torch.testing.assert_close(norm.running["1"].running_mean, 0.1 * expected)
+
+
+@pytest.mark.parametrize("make", [lambda: SwitchableNorm(8), lambda: DualNorm(2, 8), lambda: ContextNorm(2, 8)])
+def test_copies_and_states_are_whole(make):
+    torch.manual_seed(0)
+    norm, x = make(), torch.randn(3, 8, 4, 4)
+    norm(x)
+    other = make()
+    other.load_state_dict(norm.state_dict())
+    for same in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm)), other):
+        assert torch.equal(same.eval()(x), norm.eval()(x))
+
+
+def test_half_precision_is_rounded_once():
+    torch.manual_seed(0)
+    norm, x = SwitchableNorm(8), (torch.randn(3, 8, 4, 4) + 3).bfloat16()
+    torch.testing.assert_close(norm(x), norm(x.float()).bfloat16(), rtol=2**-8, atol=1e-6)  # one unit, at the edges
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: SwitchableNorm(8), lambda: DualNorm(2, 8), lambda: ContextNorm(2, 8)],
+    ids=["switch", "dual", "context"],
+)
+@pytest.mark.slow
+def test_compiled_into_one_graph(make):
+    torch.manual_seed(0)
+    norm = make()
+    compiled = torch.compile(copy.deepcopy(norm), fullgraph=True, backend="aot_eager")
+    for size in (3, 4):
+        x = torch.randn(size, 8, 4, 4, requires_grad=True)
+        y, expected = compiled(x), norm(x)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        dy = torch.randn_like(x)
+        got, want = torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_with_a_label():
+    norm = Mixture(["n c t -> n c", "n c t -> n sensor[c]", "n c t -> n"], sensor=SENSOR)
+    x = torch.randn(2, 6, 5)
+    torch.testing.assert_close(torch.compile(norm, fullgraph=True, backend="aot_eager")(x), norm(x))
+
+
+def test_a_gate_of_ones_own():
+    """A number for every channel, as Batch-Instance Normalization has it."""
+
+    class PerChannel(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.logits = nn.Parameter(torch.randn(channels, 2))
+
+        def forward(self, seen):
+            assert isinstance(seen, Alternatives)
+            return self.logits
+
+    torch.manual_seed(0)
+    norm = Mixture(["n c ... -> n c", "n c ... -> c"], gate=PerChannel(6), mix="results")
+    x = 2 * torch.randn(3, 6, 5, 5) + 1
+    share = norm.gate.logits.softmax(-1)[:, 0].view(6, 1, 1)
+    expected = share * PEERS[0](x) + (1 - share) * PEERS[2](x)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
+
+
+class Constant(nn.Module):
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, seen):
+        return self.logits if len(self.logits) > 1 else self.logits[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "call"),
+    [
+        ("in a list", lambda: Mixture("n c -> n")),
+        ("in a list", lambda: Mixture([])),
+        ("one left side", lambda: Mixture(["n c t -> n c", "n (g c) t -> n g"])),
+        ("one left side", lambda: Mixture(["n c t, n t -> n c", "n c t -> n"])),
+        ("moments or results", lambda: Mixture(["n c -> n"], mix="both")),
+        ("is no axis and no label", lambda: Mixture(["n c -> n"], kind=3)),
+        ("outlive a batch", lambda: Mixture(["n c -> n"], track_running_stats=True)),
+        ("'c'", lambda: Mixture(["n c -> n", "n c -> c"], track_running_stats=True)),
+        ("is read, and not given", lambda: Mixture(["v c -> v", "v c -> kind[v]"])(torch.randn(3, 2))),
+        (
+            "one for each of 2",
+            lambda: Mixture(["n c -> n", "n c -> c"], gate=Constant(torch.ones(3)))(torch.randn(3, 2)),
+        ),
+        ("one for each of 2", lambda: Mixture(["n c -> n", "n c -> c"], gate=Constant(1.0))(torch.randn(3, 2))),
+        (
+            "one for each of 2",
+            lambda: Mixture(["n c -> n", "n c -> c"], gate=Constant(torch.ones(2), torch.ones(2)), mix="results")(
+                torch.randn(3, 2)
+            ),
+        ),
+        ("num_groups", lambda: DualNorm(0, 8)),
+        ("divi", lambda: DualNorm(3, 8)),
+        ("num_features", lambda: SwitchableNorm(0)),
+    ],
+)
+def test_errors_say_what_to_type(error, call):
+    with pytest.raises((SpecError, ShapeError), match=error):
+        call()
+
+
+def test_a_call_that_fails_updates_nothing():
+    norm = Mixture(["n c t, n t -> n c", "n c t, n t -> c"], c=4, affine="c", track_running_stats=True)
+    with pytest.raises(ShapeError):
+        norm(torch.randn(2, 4, 5), torch.ones(2, 6).bool())
+    with pytest.raises(ShapeError):
+        norm(torch.randn(2, 3, 5))
+    assert not norm.running["1"].num_batches_tracked
+
+
+def test_a_mixture_is_a_norm():
+    norm = SwitchableNorm(8)
+    assert isinstance(norm, Norm)
+    assert "'n c ..., n ... -> n c', 'n c ..., n ... -> n', 'n c ..., n ... -> c'" in repr(norm)
+
+
+def test_explained_pattern_by_pattern():
+    norm = SwitchableNorm(8)
+    report = flexnorm.explain(norm, (2, 8, 5, 5))
+    assert [row[3:7] for row in report.rows] == [
+        ("16", "25", "nn.InstanceNorm2d(8)", "apart"),
+        ("2", "200", "nn.LayerNorm([8, 5, 5])", "apart"),
+        ("8", "50", "nn.BatchNorm2d(8)", "running statistics"),
+    ]
+    assert sum(int(row[-1]) for row in report.rows) == sum(p.numel() for p in norm.parameters())
+    report = flexnorm.explain(nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.GroupNorm(2, 8)), (2, 3, 7, 7))
+    assert [row[0] for row in report.rows] == ["1", "1 (2)", "1 (3)", "2"]
+    assert not norm.running["2"].num_batches_tracked
+    assert norm.running["2"]._evaluates_unseen is False
