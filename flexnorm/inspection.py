@@ -737,10 +737,11 @@ def _report(model: nn.Module, x: Any) -> Report:
     seen: dict[str, Explanation] = {}
     if x is not None:
         _observe(model, layers, x, seen)
-    rows = []
-    for name, layer in layers.items():
-        for place in range(len(layer._patterns()) if isinstance(layer, Norm) else 1):
-            rows.append(_row(_key(name, place), layer, seen.get(_key(name, place)), x is not None, place))
+    rows = [
+        _row(_key(name, place), layer, seen.get(_key(name, place)), x is not None, place)
+        for name, layer in layers.items()
+        for place in range(len(layer._patterns()) if isinstance(layer, Norm) else 1)
+    ]
     return Report(_COLUMNS, tuple(rows), seen)
 
 

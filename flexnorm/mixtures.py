@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .arguments import Formula, Label, Options, label_missing
+from .arguments import Formula, Label, Options, Param, label_missing
 from .errors import SpecError, say, shown
-from .functional import own_moments
+from .functional import ALONE, own_moments
 from .images import over_pixels
 from .norm import Norm
 from .partition import Partition, whole
@@ -164,7 +164,8 @@ class Mixture(Norm):
         affine, conditional, bias, eps, activation, sizes, labels, device, dtype, **names: as in `Norm`.
         track_running_stats: keep running statistics of those patterns whose statistics have a shape that is known when
             the layer is built (`"n c ... -> c"` with c=64), and use them in evaluation.
-        momentum: as in `Norm`.
+        momentum, sharded, process_group: as in `Norm`. Where the ranks have parts of a pattern's sets, as those of the
+            batch with `sharded="n"`, its moments are merged over them; those of the others stay.
 
     Shapes: those of x. Masks and labels are passed as to `Norm`, and may be `given` from around.
 
@@ -196,6 +197,8 @@ class Mixture(Norm):
         activation: str | None = None,
         track_running_stats: bool = False,
         momentum: float | None = 0.1,
+        sharded: str | Sequence[str] | None = None,
+        process_group: Any = None,
         sizes: Mapping[str, int] | None = None,
         labels: Mapping[str, int | Label] | None = None,
         device: torch.device | str | None = None,
@@ -217,6 +220,8 @@ class Mixture(Norm):
             bias=bias,
             eps=eps,
             activation=activation,
+            sharded=sharded,
+            process_group=process_group,
             sizes=sizes,
             labels=labels,
             **told,
@@ -254,38 +259,88 @@ class Mixture(Norm):
         dynamic: Mapping[str, Any],
         return_moments: bool = False,
     ) -> tuple[Tensor, Moments | None]:
-        merged: list[Moments] = []
+        larger: list[Moments] = []
         if moments is None:
             partitions = dict(self.labels)
-            self._read(dynamic, partitions)
-            missing = next((name for _, read, _ in self._coarser for name in read if name not in partitions), None)
-            if missing is not None:
-                raise label_missing(*self._lookups[missing])
-            own = own_moments(self._formula, x, mask, partitions)
-            merged, seen = self._alternatives(own, partitions)
-            moments = self._mixed(seen)
+            if self._sharding is None:  # apart from the other, as a compiler knows no such block
+                self._check_labels(dynamic, partitions)
+                own = own_moments(self._formula, x, mask, partitions)
+                larger = self._coarsened(own, partitions)
+            else:
+                own, larger = self._over_ranks(x, mask, self._params(weight, bias), dynamic, partitions)
+            moments = self._mixed(self._alternatives(own, larger, partitions))
         y, used = super()._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
         if not return_moments:
-            for k, m in zip(self.running, merged, strict=False):
-                norm = self.running[k]
-                assert isinstance(norm, Norm)
-                if norm.training:
+            for k, m in enumerate(larger):
+                norm = self._running_of(k)
+                if norm is not None and norm.training:
                     norm._track(m)
         return y, used
 
-    def _alternatives(self, own: Moments, partitions: Mapping[str, Partition]) -> tuple[list[Moments], Alternatives]:
-        """The moments of the patterns that may run on, and those of all patterns for every set of the finest."""
-        runs, every, noise, known = [], [], [], []
+    def _running_of(self, k: int) -> Norm | None:
+        """What keeps the running statistics of a pattern, if it has any."""
+        norm = self.running[str(k)] if str(k) in self.running else None  # noqa: SIM401  # a ModuleDict has no get
+        assert norm is None or isinstance(norm, Norm)
+        return norm
+
+    def _check_labels(self, dynamic: Mapping[str, Any], partitions: dict[str, Partition]) -> None:
+        """Reads the labels. Those of the finest pattern are asked for with its moments."""
+        self._read(dynamic, partitions)
+        missing = next((name for _, read, _ in self._coarser for name in read if name not in partitions), None)
+        if missing is not None:
+            raise label_missing(*self._lookups[missing])
+
+    def _coarsened(self, own: Moments, partitions: Mapping[str, Partition]) -> list[Moments]:
+        """The moments of every pattern; the running ones, where it evaluates by them."""
+        larger = []
         for k, (pattern, read, sizes) in enumerate(self._coarser):
-            labels = {name: partitions[name] for name in read}
-            norm = self.running[str(k)] if str(k) in self.running else None  # noqa: SIM401  # a ModuleDict has no get
-            m = own.coarsen(pattern, sizes=sizes, **labels)
-            if isinstance(norm, Norm):
-                runs.append(m)
-                if not norm.training:
-                    m = norm._running().rounded(own.m2.dtype)
-            m = m.refine(pattern, own.mean.shape, sizes=sizes, **labels)
-            evaluates = isinstance(norm, Norm) and not norm.training
+            norm = self._running_of(k)
+            if norm is not None and not norm.training:
+                larger.append(norm._running().rounded(own.m2.dtype))
+            else:
+                larger.append(own.coarsen(pattern, sizes=sizes, **{name: partitions[name] for name in read}))
+        return larger
+
+    def _over_ranks(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        params: Sequence[Param],
+        dynamic: Mapping[str, Any],
+        partitions: dict[str, Partition],
+    ) -> tuple[Moments, list[Moments]]:
+        """The finest moments, and those of every pattern, over all ranks. What may raise does so before these agree."""
+        assert self._sharding is not None
+        with self._sharding.ranks() as whole:  # if the finest sets go on over the ranks, all others follow from them
+            if whole.groups:
+                self._check_labels(dynamic, partitions)
+                self._formula.prepare(x, mask, params, partitions)
+                own = own_moments(self._formula, x, mask, partitions, whole)
+                return own, self._coarsened(own, partitions)
+        apart = [norm is not None and not norm.training for norm in map(self._running_of, range(len(self._specs)))]
+        every = [
+            ALONE if runs else self._sharding.of(spec).ranks() for spec, runs in zip(self._specs, apart, strict=True)
+        ]
+        with next((ranks for ranks in every if ranks.groups), ALONE) as together:
+            self._check_labels(dynamic, partitions)
+            self._formula.prepare(x, mask, params, partitions)
+            own = own_moments(self._formula, x, mask, partitions)
+            larger = self._coarsened(own, partitions)
+            went = [(spec, m) for spec, m, ranks in zip(self._specs, larger, every, strict=True) if ranks.groups]
+            what = "; ".join(f"sets of ({s.sets}), shape {tuple(m.mean.shape)}, in {m.mean.dtype}" for s, m in went)
+            needed = torch.is_grad_enabled() and own.mean.requires_grad
+            together.agree_on(what, differentiated=needed, needed=needed)
+        return own, [ranks.moments(m) for m, ranks in zip(larger, every, strict=True)]
+
+    def _alternatives(
+        self, own: Moments, larger: Sequence[Moments], partitions: Mapping[str, Partition]
+    ) -> Alternatives:
+        """The moments of all patterns, for every set of the finest."""
+        every, noise, known = [], [], []
+        for k, (pattern, read, sizes) in enumerate(self._coarser):
+            norm, labels = self._running_of(k), {name: partitions[name] for name in read}
+            evaluates = norm is not None and not norm.training
+            m = larger[k].refine(pattern, own.mean.shape, sizes=sizes, **labels)
             count = m.count.to(own.m2.dtype)
             noise.append(torch.zeros_like(count) if evaluates else (2 / count.clamp(min=1)).sqrt())
             known.append(m.count > (0 if evaluates or own.count.is_floating_point() else 1))
@@ -293,7 +348,7 @@ class Mixture(Norm):
         moments = each(lambda *fields: torch.stack(fields, -1), *every)
         some = torch.stack(known, -1)
         some = some | (~some.any(-1, keepdim=True) & (moments.count > 0))
-        return runs, Alternatives(moments, torch.stack(noise, -1), some, self.eps)
+        return Alternatives(moments, torch.stack(noise, -1), some, self.eps)
 
     def _mixed(self, seen: Alternatives) -> Moments:
         said = self.gate(seen)

@@ -40,12 +40,16 @@ class Ranks:
 
     def agree(self, recipe: Recipe, dtype: torch.dtype, *, differentiated: bool, needed: bool) -> bool:
         """Whether any rank needs the gradient of x; see `collectives.agree`."""
-        if self._agreed:
-            return needed
-        self._agreed = True
         sets = recipe.sets
         weights = recipe.mask is not None and not recipe.membership
         what = f"{sets.count} sets of ({sets.expr}), shape {sets.shape}{', weighted' * weights}, in {stat_dtype(dtype)}"
+        return self.agree_on(what, differentiated=differentiated, needed=needed)
+
+    def agree_on(self, what: str, *, differentiated: bool, needed: bool) -> bool:
+        """`agree`, in words that are the same on all ranks."""
+        if self._agreed:
+            return needed
+        self._agreed = True
         return collectives.agree(self.groups, what, differentiated=differentiated, needed=needed)
 
     def moments(self, part: Moments) -> Moments:
@@ -140,6 +144,12 @@ class Sharding:
         if not self.merged or (self.as_torch and (nobody or not training)):
             return Ranks([])
         return Ranks([collectives.group_of(self.process_group)])  # not kept: groups end before their process
+
+    def of(self, spec: Spec) -> Sharding:
+        """The same axes and group, of other sets."""
+        other = Sharding(spec, self.names, self.process_group, as_torch=self.as_torch)
+        other._left_out = self._left_out
+        return other
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "process_group": None, "_left_out": self.process_group is not None}

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from flexnorm import Norm, Partition, ShapeError, moments, normalize
 from flexnorm.conversion import SyncBatchNorm, convert_sync_batchnorm
+from flexnorm.mixtures import Mixture
 
 SECONDS = 120  # more than any function takes, so that ranks that wait for each other end as an error
 
@@ -122,6 +123,25 @@ def subgroups(rank, world, x, sizes, ranks):
             return str(error)
     y = norm(part(x, 0, sizes, rank))
     return y.detach(), norm.running_mean, norm.running_var
+
+
+def mixed(rank, world, patterns, x, mask, dy, cut, sizes, options, fails=None):
+    """A mixture: y, all gradients, running statistics; then what it evaluates to."""
+    torch.manual_seed(0)
+    norm = Mixture(patterns, **options)
+    for p in norm.gate.parameters():
+        nn.init.normal_(p)
+    x, dy = (part(t, cut, sizes, rank) for t in (x, dy))
+    mask = None if mask is None else part(mask, min(cut, mask.dim() - 1), sizes, rank)
+    x = x[..., :-1] if rank == fails else x
+    x = x.clone().requires_grad_()
+    try:
+        y = norm(x, mask)
+    except (ShapeError, RuntimeError) as error:
+        return str(error)
+    grads = torch.autograd.grad(y, [x, *norm.gate.parameters()], dy)
+    running = [t.clone() for t in norm.running.state_dict().values()]
+    return y.detach(), grads, running, norm.eval()(x, mask).detach()
 
 
 def _sharded(x, dim=0):

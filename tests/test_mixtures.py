@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import on_ranks
 import oracle
 import pytest
 import torch
@@ -566,3 +567,55 @@ def test_explained_pattern_by_pattern():
     assert [row[0] for row in report.rows] == ["1", "1 (2)", "1 (3)", "2"]
     assert not norm.running["2"].num_batches_tracked
     assert norm.running["2"]._evaluates_unseen is False
+
+
+# --- over ranks
+
+
+@pytest.fixture(scope="module")
+def two():
+    processes = on_ranks.Processes(2)
+    yield processes
+    processes.close()
+
+
+SHARDED = {
+    "batch": (["n c t -> n c", "n c t -> n", "n c t -> c"], None, 0, "n", [1, 3], {"track_running_stats": True}),
+    "batch, masked": (["n c t, n t -> n", "n c t, n t -> c"], "bool", 0, "n", [3, 1], {"track_running_stats": True}),
+    "time": (["n c t, n t -> n c", "n c t, n t -> n", "n c t, n t -> c"], "float", 2, "t", [2, 3], {}),
+    "a rank with nothing": (["n c t -> n c", "n c t -> c"], None, 0, "n", [0, 4], {"track_running_stats": True}),
+}
+
+
+@pytest.mark.parametrize("mix", ["moments", "results"])
+@pytest.mark.parametrize("name", SHARDED)
+def test_ranks_together_are_one_process(name, mix, two):
+    """In float64, to the rounding of sums in another order: 1e-9 leaves a factor of 1e3 for eps."""
+    patterns, kind, cut, sharded, sizes, options = SHARDED[name]
+    generator = torch.Generator().manual_seed(1)
+    x, dy = torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64)
+    mask = None if kind is None else torch.rand(4, 5, generator=generator, dtype=torch.float64)
+    mask = mask < 0.7 if kind == "bool" else mask
+    options = {**options, "c": 3, "mix": mix, "dtype": torch.float64}
+    results = two.run(on_ranks.mixed, patterns, 2 * x + 5, mask, dy, cut, sizes, {**options, "sharded": sharded})
+    y, (dx, *gates), running, evaluated = on_ranks.mixed(
+        0, 1, patterns, 2 * x + 5, mask, dy, cut, [x.shape[cut]], options
+    )
+    for place, whole in ((0, y), (3, evaluated)):
+        torch.testing.assert_close(torch.cat([r[place] for r in results], cut), whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.cat([r[1][0] for r in results], cut), dx, rtol=1e-8, atol=1e-8)
+    for k, gate in enumerate(gates):
+        torch.testing.assert_close(sum(r[1][k + 1] for r in results), gate, rtol=1e-8, atol=1e-8)
+    for result in results:
+        for got, want in zip(result[2], running, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_an_error_on_one_rank_is_one_on_all(two):
+    x = torch.randn(2, 4, 3, 5)
+    patterns, _, cut, sharded, sizes, _ = SHARDED["time"]
+    said = two.run(on_ranks.mixed, patterns, x[0], torch.rand(4, 5), x[1], cut, sizes, {"sharded": sharded}, fails=1)
+    assert "rank 1 has failed" in said[0]
+    patterns = ["n t c -> n c", "n t c -> c"]
+    said = two.run(on_ranks.mixed, patterns, x[0], None, x[1], 0, [2, 2], {"sharded": "n"}, fails=1)
+    assert all("the same sets" in text for text in said)
