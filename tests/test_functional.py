@@ -1,5 +1,7 @@
 """`normalize` and `moments` against the oracle: values, gradients, precision, layouts, dtypes, extreme inputs."""
 
+import itertools
+
 import cases
 import oracle
 import pytest
@@ -492,3 +494,14 @@ def test_moments_of_one_tensor_for_another():
     y = normalize(test, "n c -> c", moments=m)
     expected = (test.double() - train.double().mean(0)) / (train.double().var(0, correction=0) + 1e-5).sqrt()
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [" ".join(order) for order in itertools.permutations(["n", "g", "kind[c]", "t"])])
+def test_given_moments_lie_in_any_order(side):
+    """Among them that of channels-last memory, which torch keeps where it stacks."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 4, dtype=torch.float64) + 1
+    given = {"g": 2, "kind": torch.tensor([1, 0, 1])}
+    pattern = f"n (g c) t -> {side}"
+    y = normalize(x, pattern, moments=moments(x, pattern, **given), **given)
+    torch.testing.assert_close(y, oracle.normalize(x, pattern, sizes={"g": 2}, labels={"kind": given["kind"]}))

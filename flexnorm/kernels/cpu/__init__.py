@@ -214,6 +214,7 @@ class Program:
         """Moments from anywhere."""
         low = torch.zeros_like(m.mean) if m.low is None else m.low
         packed = torch.stack([t.to(self.dtype).expand(self.shape) for t in (m.mean, low, m.m2)])
+        packed = packed.contiguous()  # stacked, tensors that lie as channels-last still do
         if m.count is self.count:
             return (packed,)
         count = m.count if m.count.dtype == torch.int64 else m.count.to(self.dtype)
