@@ -569,6 +569,50 @@ def test_explained_pattern_by_pattern():
     assert norm.running["2"]._evaluates_unseen is False
 
 
+SIDES = [
+    "", "1", "n", "(n g)", "n g c", "(n g c)", "t n", "kind[c]", "n kind[c]", "(n kind[c]) g",
+    "place[g t]", "place[g t] c", "n place[g t] kind[c]", "n (kind[c] t)", "n g c t",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("second", SIDES)
+@pytest.mark.parametrize("first", SIDES)
+def test_certain_of_any_pattern_beside_any_other(first, second):
+    """Composed, permuted, labelled: sets of both are made of those of the finest, and come back from them."""
+    torch.manual_seed(0)
+    labels = {"kind": torch.tensor([1, 0, 1]), "place": torch.tensor([[0, 3, 1, 0], [2, 2, 0, 3]])}
+    x = torch.randn(2, 6, 4, dtype=torch.float64) + 1
+    patterns = [f"n (g c) t -> {side}" for side in (first, second)]
+    read = {name: ids for name, ids in labels.items() if any(name in pattern for pattern in patterns)}
+    norm = Mixture(patterns, g=2, dtype=torch.float64)
+    for index, pattern in enumerate(patterns):
+        certain(norm.gate, index)
+        told = {name: ids for name, ids in read.items() if name in pattern}
+        expected = flexnorm.normalize(x, pattern, g=2, **told)
+        several = expected != 0  # sets of one element have no say
+        y = norm(x, **read)
+        torch.testing.assert_close(y[several], expected[several], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "shape"),
+    [
+        (["... c -> ...", "... c -> c"], (2, 3, 4)),
+        (["... c -> (...)", "... c -> "], (2, 3, 4)),
+        (["n c ... -> n region[...]", "n c ... -> n c"], (2, 3, 2, 2)),
+        (["n 3 t -> n", "n 3 t -> t"], (2, 3, 4)),
+        (["n c 1 -> n", "n c 1 -> c"], (2, 3, 1)),
+    ],
+)
+def test_dots_and_numbers(patterns, shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64)
+    labels = {"region": torch.tensor([[0, 1], [1, 1]])} if "region" in patterns[0] else {}
+    norm = Mixture(patterns, dtype=torch.float64)
+    expected = mixture(x, patterns, torch.zeros(2), torch.zeros(2), None, {}, labels, "moments")
+    torch.testing.assert_close(norm(x, **labels), expected, rtol=1e-9, atol=1e-9)
+
+
 # --- over ranks
 
 
