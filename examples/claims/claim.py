@@ -1,4 +1,4 @@
-"""What every script of this folder prints: a claim, what it leads one to expect, what was measured, and whether it holds.
+"""What every script of this folder prints: a claim, what to expect if it is true, what was measured, whether it holds.
 
 `python examples/claims/NAME.py` prints it as text, `--markdown` as a section of docs/claims.md.
 """

@@ -23,15 +23,16 @@ for sigma in (1.0, 0.1, 0.01, 0.001):
 tell(
     Claim(
         title="A normalized tensor is a fixed point",
-        says="In the limit of eps = 0 the normalized representation is a fixed point: to normalize again changes nothing.",
+        says="In the limit of eps = 0 the normalized representation is a fixed point: to normalize again changes "
+        "nothing.",
         source="the analogy with the renormalization group, told of group norm",
-        expected="With eps = 0 no change beyond rounding. With eps, variance s^2 becomes v = s^2 / (s^2 + eps) at first, so that "
-        "the second pass scales by 1 / sqrt(v + eps): a relative change of at most |1 - 1 / sqrt(v + eps)|, largest "
-        "where s^2 is not far above eps.",
+        expected="With eps = 0 no change beyond rounding. With eps, variance s^2 becomes v = s^2 / (s^2 + eps) at "
+        "first, so that the second pass scales by 1 / sqrt(v + eps): a relative change of at most "
+        "|1 - 1 / sqrt(v + eps)|, largest where s^2 is not far above eps.",
         columns=("sigma of x", "eps", "relative change", "at most"),
         rows=rows,
         verdict=HOLDS if holds else FAILS,
-        because="Without eps the second pass changes the last bits. With eps = 1e-5 the fixed point is approached as long as the variance "
-        "of x is far above eps; below it, normalizing again goes on amplifying.",
+        because="Without eps the second pass changes the last bits. With eps = 1e-5 the fixed point is approached as "
+        "long as the variance of x is far above eps; below it, normalizing again goes on amplifying.",
     )
 )
