@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import ShapeError, SpecError, say, shown
 from .norm import Norm
-from .partition import Partition, whole
+from .partition import Partition, labelled, whole
 from .statistics import Moments
 
 __all__ = ["ChannelGroupNorm", "default_groups"]
@@ -174,13 +174,8 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
 
 def _partition(groups: Sequence[int] | Tensor | Partition, num_groups: int, num_channels: int) -> Partition:
     """The group of every channel, in the three ways of saying it."""
-    if isinstance(groups, (list, tuple)):
-        partition = Partition.from_sizes(groups)
-    elif isinstance(groups, Partition):
-        partition = groups
-    elif isinstance(groups, Tensor):
-        partition = Partition(groups, num_groups)
-    else:
+    partition = labelled(groups, count=num_groups)
+    if partition is None:
         raise SpecError(
             say(
                 "groups is a list of sizes, a tensor with the group of every channel, or a Partition",

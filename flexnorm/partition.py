@@ -233,6 +233,21 @@ def whole(value: object, name: str, least: int = 0) -> int:
     return number
 
 
+def labelled(value: object, *, size: int | None = None, count: int | None = None) -> Partition | None:
+    """The label of every place of an axis, in the ways of saying it; None of what is none of them.
+
+    A list of sizes, a tensor of ids (of `count` values), a `Partition`; of an axis whose size is known, a number of
+    parts, too: as equal as can be, the first ones larger.
+    """
+    number = as_int(value)
+    if number is not None and size is not None and 0 < number <= size:
+        least, more = divmod(size, number)
+        return Partition.from_sizes([least + (part < more) for part in range(number)])
+    if isinstance(value, (list, tuple)):
+        return Partition.from_sizes(value)
+    return Partition(value, count) if isinstance(value, Tensor) else value if isinstance(value, Partition) else None
+
+
 def readable(t: Tensor) -> bool:
     """Whether there are values to look at: not on meta or fake tensors, nor while torch.func or a compiler traces."""
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -18,7 +18,7 @@ from .functional import moments as moments_of
 from .functional import normalize
 from .images import over_pixels
 from .norm import Norm
-from .partition import Partition, whole
+from .partition import Partition, labelled, whole
 from .statistics import Moments, each
 
 __all__ = [
@@ -135,8 +135,7 @@ class WeightedGroupNorm(Norm):
             if moments is None:
                 alone = moments_of(x, "n c ..., n ... -> n c", operand)
                 v = self.channel_weight.to(alone.m2.dtype)
-                weighted = Moments(alone.count * v, alone.mean, alone.m2 * v, alone.low)
-                moments = weighted.coarsen("n (g c) -> n g", sizes=sizes)
+                moments = alone.weighed(v).coarsen("n (g c) -> n g", sizes=sizes)
             if not torch.compiler.is_compiling():
                 self.__dict__["_masked"] = True
         y = normalize(
@@ -762,17 +761,8 @@ def _expanded(x: Tensor, region: Tensor) -> Tensor:
 
 def _partition(name: str, places: str, value: object, size: int | None = None) -> Partition:
     """The label of every place of an axis, in the ways of saying it; a number, too, where the size is known."""
-    number = as_int(value)
-    if number is not None and size is not None and 0 < number <= size:
-        least, more = divmod(size, number)
-        partition = Partition.from_sizes([least + (part < more) for part in range(number)])
-    elif isinstance(value, (list, tuple)):
-        partition = Partition.from_sizes(value)
-    elif isinstance(value, Partition):
-        partition = value
-    elif isinstance(value, Tensor):
-        partition = Partition(value)
-    else:
+    partition = labelled(value, size=size)
+    if partition is None:
         numbers = "" if size is None else f"a number from 1 to {size}, "
         raise SpecError(
             say(

@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import ShapeError, SpecError, as_int, say, shown
 from .functional import moments as moments_of
 from .norm import Norm
-from .partition import Partition, whole
+from .partition import Partition, labelled, whole
 from .sequences import as_mask
 from .statistics import Moments
 
@@ -451,24 +451,16 @@ def _bands(bands: object, num_frequencies: object) -> Partition:
     if num_frequencies is not None:
         num_frequencies = whole(num_frequencies, "num_frequencies", 1)
     number = as_int(bands)
-    if number is not None:
-        if num_frequencies is None or not 0 < number <= num_frequencies:
-            raise SpecError(
-                say(
-                    "a number of bands is at least 1, and at most that of the frequencies: num_frequencies",
-                    received=f"bands={number}, num_frequencies={num_frequencies}",
-                    instead=f"MelBandNorm({max(number, 1)}, 80), say, or a list of the sizes of the bands",
-                )
+    if number is not None and (num_frequencies is None or not 0 < number <= num_frequencies):
+        raise SpecError(
+            say(
+                "a number of bands is at least 1, and at most that of the frequencies: num_frequencies",
+                received=f"bands={number}, num_frequencies={num_frequencies}",
+                instead=f"MelBandNorm({max(number, 1)}, 80), say, or a list of the sizes of the bands",
             )
-        least, more = divmod(num_frequencies, number)
-        partition = Partition.from_sizes([least + (band < more) for band in range(number)])
-    elif isinstance(bands, (list, tuple)):
-        partition = Partition.from_sizes(bands)
-    elif isinstance(bands, Partition):
-        partition = bands
-    elif isinstance(bands, Tensor):
-        partition = Partition(bands)
-    else:
+        )
+    partition = labelled(bands, size=num_frequencies)
+    if partition is None:
         raise SpecError(
             say(
                 "bands is a number, a list of sizes, a tensor with the band of every frequency, or a Partition",

@@ -184,6 +184,19 @@ class Moments:
             raise ShapeError(say(rule, text=pattern, received=received, instead='m.coarsen("n c -> n") of the finer'))
         return each(lambda t: sets.spread(sets.inward(t)).expand(sets.axes.sizes).reshape(shape), self)
 
+    def weighed(self, weights: Tensor) -> Moments:
+        """The same sets, of which each counts so much where it is merged; differentiable in the weights.
+
+        Args:
+            weights: 0 or more, broadcastable against these moments.
+
+        >>> m = Moments(torch.tensor([2, 2]), torch.tensor([0.0, 4.0]), torch.tensor([0.0, 0.0]))
+        >>> m.weighed(torch.tensor([3.0, 1.0])).coarsen("n -> ").mean
+        tensor(1.)
+        """
+        count = self.count * weights
+        return Moments(count, self.mean.expand_as(count), self.m2 * weights, self._low.expand_as(count))
+
     def mixed(self, weights: Tensor, var_weights: Tensor | None = None) -> Moments:
         """The moments of mixtures: averages of means and of variances over the last axis, which then is gone.
 

@@ -196,3 +196,13 @@ def test_bad_input():
         Moments(torch.ones(2), torch.ones(3), torch.ones(3)).coarsen("n -> ")
     with pytest.raises(ShapeError, match="names 2, and"):
         m.coarsen("n c -> n")
+
+
+def test_weighed_is_what_a_floating_mask_weighs():
+    torch.manual_seed(0)
+    x, weights = torch.randn(4, 6, 5, dtype=torch.float64) * 3 + 100, torch.rand(6, dtype=torch.float64)
+    weights[2] = 0
+    weighed = moments(x, "n c t -> n c").weighed(weights).coarsen("n c -> n")
+    direct = moments(x, "n c t, c -> n", weights)
+    for name in ("count", "mean", "m2"):
+        torch.testing.assert_close(getattr(weighed, name), getattr(direct, name), rtol=1e-12, atol=0)
