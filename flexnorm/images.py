@@ -195,12 +195,19 @@ def _partition(groups: Sequence[int] | Tensor | Partition, num_groups: int, num_
     return partition
 
 
+def broadcasts(t: Tensor, sizes: Sequence[int]) -> bool:
+    """Whether it has these axes, and size 1 where not these sizes."""
+    if t.dim() != len(sizes):
+        return False
+    return all(own == 1 or own == size for own, size in zip(t.shape, sizes, strict=True))  # `in` is none for a symbol
+
+
 def over_pixels(x: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask, expanded along the axes where it has size 1."""
     if not isinstance(mask, Tensor) or x.dim() < 2:  # what is no tensor, the pattern refuses
         return mask
     pixels = (x.shape[0], *x.shape[2:])
-    if mask.dim() == len(pixels) and all(m in (1, size) for m, size in zip(mask.shape, pixels, strict=True)):
+    if broadcasts(mask, pixels):
         return mask.expand(pixels)
     instead = f"a mask of shape {pixels}"
     if mask.dim() == x.dim() and mask.shape[1] == 1:

@@ -16,7 +16,7 @@ from .arguments import Label, Options
 from .errors import ShapeError, SpecError, as_int, say, shown
 from .functional import moments as moments_of
 from .functional import normalize
-from .images import over_pixels
+from .images import broadcasts, over_pixels
 from .norm import Norm
 from .partition import Partition, labelled, whole
 from .statistics import Moments, each
@@ -755,8 +755,7 @@ def _given(**labels: Label | None) -> dict[str, Label]:
 def _expanded(x: Tensor, region: Tensor) -> Tensor:
     """Along the axes where it has size 1. What does not fit, the pattern refuses."""
     pixels = (x.shape[0], *x.shape[2:])
-    fits = region.dim() == len(pixels) and all(m in (1, n) for m, n in zip(region.shape, pixels, strict=True))
-    return region.expand(pixels) if fits else region
+    return region.expand(pixels) if broadcasts(region, pixels) else region
 
 
 def _partition(name: str, places: str, value: object, size: int | None = None) -> Partition:

@@ -659,3 +659,13 @@ def test_steps_of_streams_are_compiled():
         torch.testing.assert_close(y, z, rtol=1e-6, atol=1e-6)
     for a, b in zip(state, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_mask_comes_when_sizes_are_symbols_already():
+    """Two calls of different sizes make them symbols, which `in` does not compare."""
+    norm = ChannelGroupNorm(2, 8)
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    for size in (4, 5):
+        compiled(torch.randn(2, 8, size, size))
+    x, mask = torch.randn(3, 8, 6, 6), torch.rand(3, 6, 1) < 0.8
+    torch.testing.assert_close(compiled(x, mask), norm(x, mask), rtol=1e-5, atol=1e-5)

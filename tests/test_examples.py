@@ -46,7 +46,8 @@ def blocks(name):
     return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), flags=re.S)
 
 
-EXTRA_PAGES = {"docs/graphs.md", "docs/spectrograms.md", "docs/sequences.md", "docs/images.md"}
+FIELDS = ["graphs", "spectrograms", "sequences", "images", "grouping", "conversion"]
+EXTRA_PAGES = {f"docs/{field}.md" for field in FIELDS}
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 
 
