@@ -297,6 +297,8 @@ class Mixture(Norm):
             norm = self._running_of(k)
             if norm is not None and not norm.training:
                 larger.append(norm._running().rounded(own.m2.dtype))
+            elif self._specs[k].sets == self._spec.sets:
+                larger.append(own)
             else:
                 larger.append(own.coarsen(pattern, sizes=sizes, **{name: partitions[name] for name in read}))
         return larger
@@ -340,7 +342,8 @@ class Mixture(Norm):
         for k, (pattern, read, sizes) in enumerate(self._coarser):
             norm, labels = self._running_of(k), {name: partitions[name] for name in read}
             evaluates = norm is not None and not norm.training
-            m = larger[k].refine(pattern, own.mean.shape, sizes=sizes, **labels)
+            same = self._specs[k].sets == self._spec.sets
+            m = larger[k] if same else larger[k].refine(pattern, own.mean.shape, sizes=sizes, **labels)
             count = m.count.to(own.m2.dtype)
             noise.append(torch.zeros_like(count) if evaluates else (2 / count.clamp(min=1)).sqrt())
             known.append(m.count > (0 if evaluates or own.count.is_floating_point() else 1))

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from . import conversion, images, sequences, spectrograms  # noqa: F401  # whose layers are registered
+from . import conversion, grouping, images, mixtures, presets, sequences, spectrograms  # noqa: F401  # all layers
 from .errors import say
 from .norm import Norm
 
@@ -87,11 +87,15 @@ def _grad_sample(layer: Norm, activations: list[Tensor], backprops: Tensor) -> d
 
 def _refusals(layer: Norm) -> list[Any]:
     """Where the sets of a layer go over the samples, the first axis of x, there is no gradient of one sample."""
-    first = layer._spec.x.elements[0] if layer._spec.x.elements else None
-    sets = list(layer._spec.sets.atoms())
-    if first is not None and all(atom in sets for atom in getattr(first, "atoms", (first,))):
-        return []
-    return [UnsupportedModuleError(f"samples of a batch share statistics, so no gradient is that of one: {layer}")]
+    for formula, _ in layer._patterns():
+        spec = formula.spec
+        first, sets = spec.x.elements[0] if spec.x.elements else None, list(spec.sets.atoms())
+        if first is None or not all(atom in sets for atom in getattr(first, "atoms", (first,))):
+            said = "samples of a batch share statistics, so no gradient is that of one"
+            return [UnsupportedModuleError(f"{said}: {layer}")]
+    if len(layer._patterns()) > 1:
+        return [UnsupportedModuleError(f"the gradients of a gate are not known sample by sample: {layer}")]
+    return []
 
 
 register()

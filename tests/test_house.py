@@ -39,12 +39,12 @@ ORDER = [
     "mixtures",
     "grouping",
     "presets",
-    "privacy",
     "drawing",
     "inspection",
     "recommendation",
     "transition",
     "conversion",
+    "privacy",
     "__main__",
 ]
 ROOMS = ["interface", "aten", "native", "cpu", "triton", "plan", "__init__"]
@@ -118,8 +118,8 @@ def test_the_core_does_not_load_an_adapter(name):
 
 def test_public_names():
     assert set(flexnorm.__all__) == {
-        "Moments", "Norm", "Partition", "ShapeError", "SpecError", "calibrate", "explain", "given", "moments",
-        "normalize",
+        "Moments", "Norm", "Partition", "ShapeError", "SpecError", "calibrate", "convert", "explain", "given", "moments",
+        "normalize", "recommend",
     }  # fmt: skip
     public = {
         name for name, value in vars(flexnorm).items() if not name.startswith("_") and not inspect.ismodule(value)

@@ -11,6 +11,8 @@ from torch import nn
 import flexnorm.privacy  # noqa: F401  # registers
 from flexnorm import Norm, Partition, given
 from flexnorm.images import ChannelGroupNorm
+from flexnorm.mixtures import ContextNorm, SwitchableNorm
+from flexnorm.presets import SensorNorm, TemporalGroupNorm, WeightedGroupNorm
 from flexnorm.sequences import SequenceGroupNorm, TokenGroupNorm
 
 pytestmark = pytest.mark.filterwarnings(
@@ -102,3 +104,27 @@ def test_samples_that_share_statistics_are_refused(norm):
     shares = "-> n c'" not in str(model)
     assert len(errors) == shares
     assert all("share statistics" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize(("norm", "why"), [(SwitchableNorm(6), "share statistics"), (ContextNorm(2, 6), "a gate")])
+def test_mixtures_are_refused(norm, why):
+    errors = ModuleValidator.validate(nn.Sequential(nn.Conv1d(3, 6, 1), norm), strict=False)
+    assert any(why in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("name", ["weighted", "frames", "sensors"])
+def test_presets_equal_a_loop(name):
+    presets = {
+        "weighted": lambda: WeightedGroupNorm(2, 6),
+        "frames": lambda: TemporalGroupNorm(2, 6),
+        "sensors": lambda: SensorNorm([2, 4]),
+    }
+    torch.manual_seed(0)
+    norm = presets[name]().double()
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    equals_a_loop(
+        nn.Sequential(nn.Conv1d(3, 6, 1), norm, nn.Tanh()).double(),
+        (torch.randn(4, 3, 5, dtype=torch.float64),),
+        strict=False,
+    )

@@ -1,0 +1,156 @@
+"""From one norm to another in small steps, for models that were trained with the old one."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SpecError, say, shown
+from .norm import Norm
+from .partition import whole
+
+__all__ = ["Transition", "finish"]
+
+
+class Transition(nn.Module):
+    r"""A blend of two norms in one place, from the old to the new.
+
+    y = (1 - a) * old(x) + a * new(x),   a = min(step / steps, 1)
+
+    Args:
+        old: the layer that was there.
+        new: the one to come. It has buffers of its own; parameters may be those of `old`, as `convert` leaves them.
+        steps: number of forward passes in training until `new` is alone.
+
+    Attributes:
+        step: how many there were: a buffer, so that training resumes where it was. Evaluation does not move it, and no
+            more does what activation checkpointing computes again, which has the blend of the pass before.
+
+    Shapes: x, and whatever else the new layer is called with: a mask, labels. Norms of torch are called with x alone.
+
+    Raises:
+        SpecError: steps is no whole number of 1 or more.
+
+    >>> blend = Transition(nn.BatchNorm1d(4), nn.GroupNorm(2, 4), steps=2)
+    >>> x = torch.randn(8, 4)
+    >>> [torch.equal(blend(x), blend.old(x)), blend.share.item()]
+    [True, 0.5]
+    >>> y = blend(x)
+    >>> torch.equal(blend(x), blend.new(x))
+    True
+
+    Both layers are computed until `finish`.
+    """
+
+    step: Tensor
+
+    def __init__(self, old: nn.Module, new: nn.Module, steps: int) -> None:
+        super().__init__()
+        self.steps = whole(steps, "steps", 1)
+        self.old, self.new = old, new
+        self.train(old.training)
+        theirs = {id(buffer) for buffer in old.buffers()}
+        for module in new.modules():  # statistics that both had would move twice
+            for name, buffer in module._buffers.items():
+                if buffer is not None and id(buffer) in theirs:
+                    module._buffers[name] = buffer.clone()
+        beside = next((t for t in (*new.parameters(), *new.buffers())), torch.empty(()))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=beside.device))
+
+    @property
+    def share(self) -> Tensor:
+        """The weight of the new layer, from 0 to 1: a of the next pass."""
+        return self._share(self.step)
+
+    def _share(self, step: Tensor) -> Tensor:
+        return (step.clamp(0, self.steps) / self.steps).to(torch.float32)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Both norms of x, blended."""
+        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        share = self._share(self.step - 1 if again and self.training else self.step)
+        new: Tensor = self.new(x, *args, **kwargs)
+        alone = type(self.old).__module__.startswith("torch.nn.") and not isinstance(self.old, Norm)
+        old: Tensor = self.old(x) if alone else self.old(x, *args, **kwargs)
+        if self.training and not again:
+            self.step.add_(1)
+        share = share.to(new.real.dtype)
+        return (1 - share) * old.to(new.dtype) + share * new
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"steps={self.steps}"
+
+
+def finish(model: nn.Module, *, early: bool = False) -> nn.Module:
+    """Puts the new layers of all transitions in their places.
+
+    Args:
+        model: changed in place, unless it is a `Transition` itself.
+        early: do so although steps are left. What the model computes jumps then.
+
+    Returns:
+        The model.
+
+    Raises:
+        SpecError: there is no transition, or steps of one are left. Nothing is changed then.
+
+    >>> model = nn.Sequential(Transition(nn.BatchNorm1d(4), nn.GroupNorm(2, 4), steps=1))
+    >>> y = model(torch.randn(8, 4))
+    >>> finish(model)
+    Sequential(
+      (0): GroupNorm(2, 4, eps=1e-05, affine=True)
+    )
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Transition)}
+    if not found:
+        received, instead = shown(type(model).__name__), "model, report = convert(model, steps=1000) begins one"
+        raise SpecError(say("what is finished is a transition", received=received, instead=instead))
+    for name, module in found.items():
+        if not early and int(module.step) < module.steps:
+            received = f"{name or 'the model'}: {int(module.step)} of {module.steps} steps"
+            instead = "further training; finish(model, early=True) for a jump"
+            raise SpecError(say("a transition is over after its steps", received=received, instead=instead))
+    for module in found.values():
+        take_place(module, module.new)
+        rebind(module.new)
+        module.new.train(module.training)
+    return put(model, {id(module): module.new for module in found.values()})
+
+
+def places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every place of a model: who holds it, under which name, and what stands there."""
+    held = ((module, name, child) for module in model.modules() for name, child in module._modules.items())
+    return [(module, name, child) for module, name, child in held if child is not None]
+
+
+def put(model: nn.Module, successors: dict[int, nn.Module]) -> nn.Module:
+    """The model with successors, by the ids of what they follow, in all places; one in several places has one."""
+    for module, name, child in places(model):
+        if id(child) in successors:
+            module._modules[name] = successors[id(child)]
+    return successors.get(id(model), model)
+
+
+def take_place(old: nn.Module, new: nn.Module) -> None:
+    """Gives a layer the hooks of the one before: the same tables, so that `handle.remove()` still finds them."""
+    for name, value in old.__dict__.items():
+        if "_hooks" in name or name == "_is_full_backward_hook":
+            new.__dict__[name] = value
+
+
+def rebind(new: nn.Module) -> None:
+    """Hooks that are called with their layer are called with this one."""
+    hooks: Any = new._load_state_dict_pre_hooks
+    for hook in hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)
+
+
+def give_up(old: nn.Module) -> None:
+    """Leaves a layer, whose tables of hooks another has now, without any."""
+    fresh = nn.Module().__dict__
+    old.__dict__.update({name: fresh[name] for name in old.__dict__ if name in fresh and "_hook" in name})
