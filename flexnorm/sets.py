@@ -122,13 +122,17 @@ class Sets:
     def outward(self, t: Tensor) -> Tensor:
         """From the internal shape to the one that the expression writes."""
         opened, order = self._written
-        return t.expand(self.internal_shape).reshape(opened).permute(order).reshape(self.shape)
+        t = t.expand(self.internal_shape)
+        if order != tuple(range(len(order))):
+            t = t.reshape(opened).permute(order)
+        return t.reshape(self.shape)
 
     def inward(self, t: Tensor) -> Tensor:
         """From the shape that the expression writes to the internal one."""
         opened, order = self._written
-        t = t.reshape([opened[place] for place in order])
-        return t.permute(_inverse(order)).reshape(self.internal_shape)
+        if order != tuple(range(len(order))):
+            t = t.reshape([opened[place] for place in order]).permute(_inverse(order))
+        return t.reshape(self.internal_shape)
 
     def over(self, t: Tensor, wider: Sets) -> Tensor:
         """A tensor as this expression writes it, made to broadcast over an expression with these atoms and more."""

@@ -158,7 +158,8 @@ class Moments:
         if self.mean.is_complex():
             return self.parts().coarsen(str(spec.in_parts()), sizes=sizes, **labels).joined()
         sets = _larger(spec, self.mean, tuple(self.mean.shape), sizes, labels)
-        fields = [t.where(self.count > 0, 0).reshape(sets.axes.sizes) for t in self._fields]  # empty: whatever mean
+        known = self.count > 0
+        fields = [t.where(known, 0).reshape(sets.axes.sizes) for t in self._fields]  # empty: whatever mean
         merged = pool(sets, fields[0], fields[1], m2=fields[2], low=fields[3])
         return merged.outward(sets)
 

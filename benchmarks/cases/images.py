@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexnorm import Partition, normalize
+from flexnorm.mixtures import SwitchableNorm
 
 from .. import gate, handmade
 from ..case import EPS, Case, Contender, Data, randn, shrunk
@@ -333,6 +334,74 @@ def _volume_case() -> Case:
     )
 
 
+# --- a mixture -------------------------------------------------------------------------------------------------------
+
+
+def _switch(scale: float, generator: torch.Generator) -> Data:
+    made = _data((32, 64, 56, 56))(scale, generator)
+    made.norm = SwitchableNorm(made.x.shape[1], EPS, affine=False, track_running_stats=False)
+    with torch.no_grad():
+        for p in made.norm.parameters():
+            p.normal_(generator=generator)
+    made.weight = made.bias = None
+    return made
+
+
+def _switched(norm: SwitchableNorm, x: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor]) -> Tensor:
+    w, v = norm.gate.mean_weight.softmax(0).unbind(), norm.gate.var_weight.softmax(0).unbind()
+    mean = sum(a * b for a, b in zip(w, means, strict=True))
+    var = sum(a * b for a, b in zip(v, variances, strict=True))
+    return (x - mean) * torch.rsqrt(var + EPS)
+
+
+def _switch_merged(d: Data) -> Tensor:
+    """Moments of channels, merged: stable, and x is read twice."""
+    var, mean = torch.var_mean(d.x, (2, 3), correction=0, keepdim=True)
+    means = [mean, mean.mean(1, keepdim=True), mean.mean(0, keepdim=True)]
+    around = [var + (mean - whole).square() for whole in means]
+    return _switched(d.norm, d.x, means, [var, around[1].mean(1, keepdim=True), around[2].mean(0, keepdim=True)])
+
+
+def _switch_squares(d: Data) -> Tensor:
+    """As the authors of Switchable Norm write it, but for biased variances."""
+    var, mean = torch.var_mean(d.x, (2, 3), correction=0, keepdim=True)
+    square = var + mean.square()
+    means = [mean, mean.mean(1, keepdim=True), mean.mean(0, keepdim=True)]
+    others = [square.mean(axis, keepdim=True) - means[k].square() for k, axis in ((1, 1), (2, 0))]
+    return _switched(d.norm, d.x, means, [var, *others])
+
+
+def _switch_reference(d: Data) -> tuple[Tensor, Tensor]:
+    over = [(2, 3), (1, 2, 3), (0, 2, 3)]
+    means = [d.x.mean(dims, keepdim=True) for dims in over]
+    variances = [(d.x - mean).square().mean(dims, keepdim=True) for mean, dims in zip(means, over, strict=True)]
+    gate_of, kind = d.norm.gate, d.x.dtype
+    w, v = (p.to(kind).softmax(0).view(3, 1, 1, 1, 1) for p in (gate_of.mean_weight, gate_of.var_weight))
+    mean, var = (
+        (share * torch.stack([t.expand(d.x.shape[0], d.x.shape[1], 1, 1) for t in of])).sum(0)
+        for share, of in ((w, means), (v, variances))
+    )
+    sigma = (var + EPS).sqrt()
+    return (d.x - mean) / sigma, (mean.abs() / sigma).detach()
+
+
+def _switch_case() -> Case:
+    return Case(
+        "switchable norm 32x64x56x56",
+        "expression",
+        _switch,
+        lambda d: d.norm(d.x),
+        [
+            Contender("moments of channels, merged", _switch_merged, module="norm", formula=True),
+            Contender("E[x^2] - E[x]^2 of channels", _switch_squares, module="norm"),
+        ],
+        _switch_reference,
+        sets_survive=False,
+        quick=True,
+        module="norm",
+    )
+
+
 CASES = [
     _group_case("group norm", (16, 256, 56, 56), quick=True),
     _group_case("group norm", (16, 256, 56, 56), last=True, quick=True),
@@ -348,4 +417,5 @@ CASES = [
     _region_case(smooth=False),
     _region_case(smooth=True, channelwise=True),
     _volume_case(),
+    _switch_case(),
 ]
