@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from .arguments import (
     unnamed_axes,
 )
 from .errors import SpecError, say, shown
-from .kernels import ROOMS, Operands, Recipe, Room, Whole, aten, choose
+from .kernels import ROOMS, Operands, Recipe, Room, Sums, Whole, aten, choose
 from .partition import Partition
 from .ranks import Ranks, Sharding, is_dtensor
 from .spec import Element, Expr, Spec
@@ -243,7 +243,8 @@ def run(
     if differentiated and not transformed:
         if external is not None:
             fields = (external.count, external.mean, external.m2, external.low)
-            return _Apply.apply(recipe, room, *operands, *fields), moments  # type: ignore[no-untyped-call]
+            behind = _statistics_behind(recipe, operands, external)
+            return _Apply.apply((recipe, room, behind), *operands, *fields), moments  # type: ignore[no-untyped-call]
         if not tracked:
             return _Normalize.apply((recipe, room, False), *operands), None  # type: ignore[no-untyped-call]
         y, *kept = _Normalize.apply((recipe, room, True), *operands)  # type: ignore[no-untyped-call]
@@ -511,6 +512,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, how: tuple[Recipe, Room], x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
         recipe, room = ctx.how = how
+        ctx.mask, ctx.waiting = mask, {}
         m = room.statistics(recipe, Operands(x, mask))
         fields = (m.count, m.mean, m.m2, m.low)
         ctx.save_for_backward(x, mask, *fields)
@@ -521,13 +523,61 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, _: Any, dmean: Tensor, dm2: Tensor, *__: Any) -> tuple[Tensor | None, ...]:
         recipe, room = ctx.how
         x, mask, *fields = ctx.saved_tensors
+        task = torch._C._current_graph_task_id()
+        first, *others = [w for w in ctx.waiting.values() if w.task == task] or [None]
+        ctx.waiting = {}
         if torch.is_grad_enabled() or _seen_through((dmean, dm2, x)):  # differentiated again: by the composition
             with torch.enable_grad():
                 m = aten.statistics(recipe, Operands(x, mask))
-                return (None, *torch.autograd.grad((m.mean, m.m2), (x,), (dmean, dm2), create_graph=True), None)
-        m = Moments(*fields)
-        sums = aten.backward_statistics(recipe, m, dmean, dm2)
-        return (None, room.backward_dx(recipe, Operands(x, mask), m, None, sums)[0], None)
+                dx = torch.autograd.grad((m.mean, m.m2), (x,), (dmean, dm2), create_graph=True)[0]
+            others = [w for w in (first, *others) if w is not None]
+        elif first is None:
+            sums = aten.backward_statistics(recipe, Moments(*fields), dmean, dm2)
+            dx = room.backward_dx(recipe, Operands(x, mask), Moments(*fields), None, sums)[0]
+        else:
+            sums = aten.backward_statistics(first.recipe, first.moments, dmean, dm2, Moments(*fields))
+            dx = first.dx(sums)
+        for w in others:
+            dx = dx + w.dx(None)
+        return None, dx, None
+
+
+class _Waiting(NamedTuple):
+    """A gradient of x that is left to `_Statistics.backward`, which then goes over x once, and not twice."""
+
+    task: int  # the backward pass
+    recipe: Recipe
+    room: Room
+    operands: Operands
+    moments: Moments
+    dy: Tensor
+
+    def dx(self, sums: Sums | None) -> Tensor:
+        return self.room.backward_dx(self.recipe, self.operands, self.moments, self.dy, sums)[0]
+
+
+def _statistics_behind(recipe: Recipe, operands: Operands, external: Moments) -> Any:
+    """The node of `_Statistics` from which these moments were made, if it is one of the same sets of the same x.
+
+    Its gradient of x goes where that of `_Apply` goes, and after it: so one may take the other along. None, if there is
+    no such node near.
+    """
+    x, mask = operands.x, operands.mask
+    if not x.requires_grad or recipe.eps == 0 or not recipe.center or not recipe.scale:
+        return None
+    edge = tuple(torch.autograd.graph.get_gradient_edge(x))[:2]
+    nodes = [t.grad_fn for t in (external.mean, external.m2) if t.grad_fn is not None]
+    seen = set(nodes)
+    while nodes and len(seen) < 512:
+        node: Any = nodes.pop()
+        if isinstance(node, _Statistics._backward_cls):  # type: ignore[attr-defined]
+            if node.mask is mask and node.next_functions[0] == edge and node.how[0].sets.same(recipe.sets):
+                return node
+            continue
+        new = {after for after, _ in node.next_functions if after is not None and after not in seen}
+        seen |= new
+        nodes.extend(new)
+    return None
 
 
 class _Apply(torch.autograd.Function):
@@ -536,15 +586,14 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        recipe: Recipe,
-        room: Room,
+        how: tuple[Recipe, Room, Any],
         x: Tensor,
         mask: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         *fields: Tensor | None,
     ) -> Tensor:
-        ctx.recipe, ctx.room = recipe, room
+        recipe, room, _ = ctx.how = how
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mask, weight, bias, *fields)
         return room.apply(recipe, Operands(x, mask, weight, bias), Moments(*fields))  # type: ignore[arg-type]
@@ -552,12 +601,17 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 10
-        recipe, room = ctx.recipe, ctx.room
+            return (None,) * 9
+        recipe, room, behind = ctx.how
         saved = ctx.saved_tensors
         operands, moments = Operands(*saved[:4]), Moments(*saved[4:])
         if torch.is_grad_enabled() or _seen_through((*saved, dy)):
-            room = aten
+            room, behind = aten, None
         sums = room.backward_sums(recipe, operands, moments, dy)
-        dx = room.backward_dx(recipe, operands, moments, dy, None)[0] if ctx.needs_input_grad[2] else None
-        return (None, None, dx, None, sums.weight, sums.bias, *aten.backward_moments(recipe, moments, sums), None)
+        dx = None
+        if behind is not None:
+            task = torch._C._current_graph_task_id()
+            behind.waiting[id(ctx)] = _Waiting(task, recipe, room, operands, each(Tensor.detach, moments), dy)
+        elif ctx.needs_input_grad[1]:
+            dx = room.backward_dx(recipe, operands, moments, dy, None)[0]
+        return (None, dx, None, sums.weight, sums.bias, *aten.backward_moments(recipe, moments, sums), None)

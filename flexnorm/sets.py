@@ -142,6 +142,12 @@ class Sets:
         t = t.permute([own.index(term) for term in all_ if term in sizes])
         return t.reshape([sizes[term][0] if term in sizes else 1 for term in all_])
 
+    def same(self, other: Sets) -> bool:
+        """Whether these are the same sets, for all that can be seen without reading labels."""
+        if self.axes != other.axes or self.expr != other.expr:
+            return False
+        return all(label is other.labels.get(name) for name, label in self.labels.items())
+
     # --- elements to sets
 
     @cached_property

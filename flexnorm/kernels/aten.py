@@ -104,13 +104,23 @@ def backward_moments(recipe: Recipe, moments: Moments, sums: Sums) -> tuple[Tens
     return dcount, dmean, dvar / n
 
 
-def backward_statistics(recipe: Recipe, moments: Moments, dmean: Tensor, dm2: Tensor) -> Sums:
-    """The sums of which `backward_dx` makes the gradient of x, where mean and m2 of x have these.
+def backward_statistics(
+    recipe: Recipe, moments: Moments, dmean: Tensor, dm2: Tensor, own: Moments | None = None
+) -> Sums:
+    """The sums of which `backward_dx`, at these moments, makes the gradient of x, where mean and m2 of x have these.
 
-    d mean / dx = 1 / n and d m2 / dx = 2 (x - mean), of which `backward_dx` takes -1 / sigma times the sums.
+    d mean / dx = 1 / n and d m2 / dx = 2 (x - mean): a line in x, as is what `backward_dx` takes of the sums, which is
+    -1 / sigma times their average. `own` are the moments of x, where it is normalized by others: with xhat of these,
+    x - mean of x is sigma xhat and the distance of the means.
     """
-    sigma = torch.where(moments.count > 0, moments.var + recipe.eps, 0.0).sqrt()
-    return Sums(-dmean * sigma, -2 * divisor(moments.count) * dm2 * sigma * sigma, None, None)
+    n, sigma = divisor(moments.count), torch.where(moments.count > 0, moments.var + recipe.eps, 0.0).sqrt()
+    if own is None:
+        return Sums(-dmean * sigma, -2 * n * dm2 * sigma * sigma, None, None)
+    apart = moments.mean - own.mean
+    if moments.low is not None and own.low is not None:
+        apart = apart + (moments.low - own.low)
+    grad = dmean / divisor(own.count) + 2 * dm2 * apart
+    return Sums(-n * grad * sigma, -2 * n * dm2 * sigma * sigma, None, None)
 
 
 def inverse_sigma(recipe: Recipe, moments: Moments) -> Tensor:

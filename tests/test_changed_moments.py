@@ -1,0 +1,265 @@
+"""x normalized by what is made of its own moments: one gradient of x for both, whatever the graph between them is.
+
+The reference is autograd through plain operations in float64. Bounds are those of `close`.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import flexnorm.functional
+from flexnorm import Moments, Norm, moments, normalize
+
+PATTERN, SHAPE = "n c t -> n c", (3, 4, 6)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """How many gradients of x were left to `_Statistics.backward`, and with sums of its own (True) or beside them."""
+    seen, dx = [], flexnorm.functional._Waiting.dx
+
+    def noting(self, sums):
+        seen.append(sums is not None)
+        return dx(self, sums)
+
+    monkeypatch.setattr(flexnorm.functional._Waiting, "dx", noting)
+    return seen
+
+
+def by_hand(x, mask=None):
+    """Mean and M2 of every n and c, by plain operations."""
+    w = torch.ones_like(x) if mask is None else mask.to(x.dtype)[:, None].expand_as(x)
+    n = w.sum(-1)
+    mean = (w * x).sum(-1) / n
+    return n, mean, (w * (x - mean[..., None]).square()).sum(-1)
+
+
+def applied(x, n, mean, m2, eps=1e-5):
+    return (x - mean[..., None]) / (m2 / n + eps).sqrt()[..., None]
+
+
+def close(got, expected, scale=1.0):
+    """Some 1e2 roundings of float64, of what is largest."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-11 * scale * float(expected.abs().max() + 1e-300))
+
+
+CHANGES = {
+    "as they are": lambda n, mean, m2: (n, mean, m2),
+    "a share of the mean": lambda n, mean, m2: (n, 0.3 * mean, m2 + n * (0.7 * mean) ** 2),
+    "means of the batch": lambda n, mean, m2: (n, mean.mean(0, keepdim=True).expand_as(mean), m2 * 2 + 1),
+    "mean alone": lambda n, mean, m2: (n, mean, torch.full_like(m2, 5.0)),
+    "variance alone": lambda n, mean, m2: (n, torch.full_like(mean, 0.5), m2 * mean.detach().square()),
+    "of one, half": lambda n, mean, m2: (n, mean.detach(), m2),
+    "another count": lambda n, mean, m2: (n * 0 + 2.5, mean * 2, m2.sqrt()),
+}
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize(("std", "offset"), [(1.0, 0.0), (0.1, 100.0), (100.0, -3.0)])
+@pytest.mark.parametrize("change", CHANGES)
+def test_gradients_are_those_of_the_formula(change, std, offset, leaf, joined):
+    torch.manual_seed(0)
+    base = (std * torch.randn(SHAPE, dtype=torch.float64) + offset).requires_grad_()
+    x = base if leaf else base * 1.0
+    dy = torch.randn(SHAPE, dtype=torch.float64)
+    m = moments(x, PATTERN)
+    n, mean, m2 = CHANGES[change](m.count.to(x.dtype), m.mean, m.m2)
+    low = m.low if change == "as they are" else None
+    y = normalize(x, PATTERN, moments=Moments(n, mean, m2, low))
+    (got,) = torch.autograd.grad(y, base, dy, retain_graph=True)
+    y = applied(x, *CHANGES[change](*by_hand(x)))
+    (expected,) = torch.autograd.grad(y, base, dy)
+    close(got, expected, scale=max(1.0, (offset / std) ** 2))
+    assert joined == [True]
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_with_a_mask(kind, joined):
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(3, 6) < 0.7 if kind == "bool" else torch.rand(3, 6, dtype=torch.float64)
+    m = moments(x, "n c t, n t -> n c", mask)
+    changed = Moments(m.count, m.mean * 0.5, m.m2 + 1, m.low * 0.5)
+    dy = torch.randn(SHAPE, dtype=torch.float64)
+    (got,) = torch.autograd.grad(normalize(x, "n c t, n t -> n c", mask, moments=changed), x, dy)
+    n, mean, m2 = by_hand(x, mask)
+    y = applied(x, n, mean * 0.5, m2 + 1)
+    y = y * mask[:, None] if kind == "bool" else y
+    close(got, torch.autograd.grad(y, x, dy)[0])
+    assert joined == [True]
+
+
+def test_a_mask_for_the_statistics_alone_goes_its_own_way(joined):
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    mask, dy = torch.rand(3, 6) < 0.7, torch.randn(SHAPE, dtype=torch.float64)
+    m = moments(x, "n c t, n t -> n c", mask)
+    (got,) = torch.autograd.grad(normalize(x, PATTERN, moments=m), x, dy)
+    close(got, torch.autograd.grad(applied(x, *by_hand(x, mask)), x, dy)[0])
+    assert not joined
+
+
+@pytest.mark.parametrize("side", ["n c -> n", "n c -> c"])
+def test_other_sets_go_their_own_way(side, joined):
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(SHAPE, dtype=torch.float64)
+    kept = side.split("-> ")[1]
+    y = normalize(x, f"n c t -> {kept}", moments=moments(x, PATTERN).coarsen(side))
+    (expected,) = torch.autograd.grad(normalize(x, f"n c t -> {kept}"), x, dy)
+    close(torch.autograd.grad(y, x, dy)[0], expected)
+    assert not joined
+
+
+def test_moments_of_another_tensor_go_their_own_way(joined):
+    torch.manual_seed(0)
+    x, z = torch.randn(2, *SHAPE, dtype=torch.float64).unbind()
+    x.requires_grad_(), z.requires_grad_()
+    dy = torch.randn(SHAPE, dtype=torch.float64)
+    got = torch.autograd.grad(normalize(x, PATTERN, moments=moments(z, PATTERN)), (x, z), dy)
+    expected = torch.autograd.grad(applied(x, *by_hand(z)), (x, z), dy)
+    for a, b in zip(got, expected, strict=True):
+        close(a, b)
+    assert not joined
+
+
+def test_moments_that_serve_twice(joined):
+    """In one loss, and each alone: no gradient is counted twice, nor of a pass before."""
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    factor = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(2, *SHAPE, dtype=torch.float64)
+    m = moments(x, PATTERN)
+    first = normalize(x, PATTERN, moments=Moments(m.count, m.mean * factor, m.m2))
+    second = normalize(x, PATTERN, moments=Moments(m.count, m.mean, m.m2 * factor))
+    n, mean, m2 = by_hand(x)
+    third, fourth = applied(x, n, mean * factor, m2), applied(x, n, mean, m2 * factor)
+    for got, expected, v in (
+        ([first, second], [third, fourth], list(dy)),
+        ([second], [fourth], [dy[1]]),
+        ([first], [third], [dy[0]]),
+    ):
+        want = torch.autograd.grad(expected, (x, factor), v, retain_graph=True)
+        torch.autograd.grad(
+            first, factor, dy[0], retain_graph=True
+        )  # x is not asked for: what is left waits for nobody
+        for a, b in zip(torch.autograd.grad(got, (x, factor), v, retain_graph=True), want, strict=True):
+            close(a, b)
+    assert joined == [True, False, True, True]
+
+
+def test_x_is_used_elsewhere_too_and_has_hooks():
+    torch.manual_seed(0)
+    base = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(SHAPE, dtype=torch.float64)
+
+    def whole(normal):
+        x = base.exp()
+        x.register_hook(lambda g: 2 * g)
+        return torch.autograd.grad(normal(x) * x.sin(), base, dy)[0]
+
+    m = lambda x: moments(x, PATTERN).about(0.5)  # noqa: E731
+    got = whole(lambda x: normalize(x, PATTERN, moments=m(x)))
+    expected = whole(
+        lambda x: applied(x, *(lambda n, mean, m2: (n, mean / 2, m2 + n * (mean / 2).square()))(*by_hand(x)))
+    )
+    close(got, expected)
+
+
+def test_backward_accumulates_twice_over_one_graph():
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    y = normalize(x, PATTERN, moments=moments(x, PATTERN).about(0.5))
+    y.sin().sum().backward(retain_graph=True)
+    once = x.grad.clone()
+    y.sin().sum().backward()
+    torch.testing.assert_close(x.grad, 2 * once, rtol=0, atol=0)
+
+
+def test_twice_differentiable():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: normalize(x, PATTERN, moments=moments(x, PATTERN).about(0.5)), x)
+
+
+def test_with_parameters_and_activation(joined):
+    torch.manual_seed(0)
+    norm = Norm(PATTERN, affine="c", c=4, activation="silu", dtype=torch.float64)
+    for p in norm.parameters():
+        nn.init.normal_(p)
+    x, dy = torch.randn(2, *SHAPE, dtype=torch.float64).unbind()
+    x.requires_grad_()
+    y = norm(x, moments=moments(x, PATTERN).about(0.5))
+    n, mean, m2 = by_hand(x)
+    z = applied(x, n, mean / 2, m2 + n * (mean / 2).square()) * norm.weight[:, None] + norm.bias[:, None]
+    leaves = (x, *norm.parameters())
+    for a, b in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(nn.functional.silu(z), leaves, dy), strict=True
+    ):
+        close(a, b)
+    assert joined == [True]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_activation_checkpointing(reentrant):
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    dy = torch.randn(SHAPE, dtype=torch.float64)
+
+    def f(x):
+        return normalize(x.exp(), PATTERN, moments=moments(x.exp(), PATTERN).about(0.5))
+
+    def g(x):
+        z = x.exp()
+        return normalize(z, PATTERN, moments=moments(z, PATTERN).about(0.5))
+
+    for h in (f, g):
+        (expected,) = torch.autograd.grad(h(x), x, dy)
+        leaf = x.detach().clone().requires_grad_()
+        checkpoint(h, leaf, use_reentrant=reentrant).backward(dy)
+        close(leaf.grad, expected)
+
+
+def test_labels(joined):
+    torch.manual_seed(0)
+    x = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    graph, dy = torch.tensor([0, 2, 2, 0, 1, 2, 0, 2, 1]), torch.randn(9, 4, dtype=torch.float64)
+    label = flexnorm.Partition(graph, 3)
+    share = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    y = normalize(
+        x, "v c -> graph[v] c", moments=moments(x, "v c -> graph[v] c", graph=label).about(share), graph=label
+    )
+    rest = torch.empty_like(x)
+    parts = []
+    for k in range(3):
+        rows = x[graph == k] - share * x[graph == k].mean(0)
+        parts.append(rows / (rows.square().mean(0) + 1e-5).sqrt())
+    order = torch.cat([(graph == k).nonzero().flatten() for k in range(3)])
+    expected = torch.zeros_like(rest).index_copy(0, order, torch.cat(parts))
+    for a, b in zip(torch.autograd.grad(y, (x, share), dy), torch.autograd.grad(expected, (x, share), dy), strict=True):
+        # `about` gives the moments about the share: var + ((1 - share) mean)^2 is the mean of those squares
+        close(a, b)
+    assert joined == [True]
+
+
+@pytest.mark.extras
+def test_graph_norm_goes_over_x_once(joined):
+    pytest.importorskip("torch_geometric", reason="GraphNorm is PyG's class")
+    from flexnorm.graphs import GraphNorm
+
+    norm, x = GraphNorm(4), torch.randn(9, 4, requires_grad=True)
+    norm(x, torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])).sum().backward()
+    assert joined == [True]
+
+
+def test_a_long_history_of_moments_is_not_searched_for_ever():
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    m = moments(x, PATTERN)
+    mean = m.mean
+    for _ in range(600):
+        mean = mean * 1.0
+    y = normalize(x, PATTERN, moments=Moments(m.count, mean, m.m2.detach(), m.low))
+    z = normalize(x, PATTERN, moments=Moments(m.count, m.mean, m.m2.detach(), m.low))
+    dy = torch.randn(SHAPE, dtype=torch.float64)
+    close(torch.autograd.grad(y, x, dy, retain_graph=True)[0], torch.autograd.grad(z, x, dy)[0])
