@@ -567,10 +567,10 @@ def _statistics_behind(recipe: Recipe, operands: Operands, external: Moments) ->
         return None
     edge = tuple(torch.autograd.graph.get_gradient_edge(x))[:2]
     nodes = [t.grad_fn for t in (external.mean, external.m2) if t.grad_fn is not None]
-    seen = set(nodes)
+    seen, kind = set(nodes), cast(Any, _Statistics)._backward_cls
     while nodes and len(seen) < 512:
         node: Any = nodes.pop()
-        if isinstance(node, _Statistics._backward_cls):  # type: ignore[attr-defined]
+        if isinstance(node, kind):
             if node.mask is mask and node.next_functions[0] == edge and node.how[0].sets.same(recipe.sets):
                 return node
             continue

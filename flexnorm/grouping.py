@@ -20,6 +20,7 @@ from .functional import moments, normalize
 from .images import ChannelGroupNorm, over_pixels
 from .norm import Norm
 from .partition import Partition, readable, whole
+from .places import take_place
 from .statistics import Moments, each
 
 __all__ = ["SoftGroupNorm", "cluster_channels", "correlate_channels", "groups_by_depth", "regroup", "signatures"]
@@ -587,6 +588,5 @@ def _with_groups(norm: nn.GroupNorm | SoftGroupNorm, partition: Partition, **opt
         partition.count, norm.num_channels, norm.eps, norm.affine, device, groups=partition, **options
     )
     made.weight, made.bias, made.training = norm.weight, norm.bias, norm.training
-    kept = {name: value for name, value in norm.__dict__.items() if "_hook" in name}  # and the flags that go with them
-    made.__dict__.update(kept)
+    take_place(norm, made)
     return made

@@ -25,6 +25,7 @@ from .functional import ALONE
 from .kernels import Operands, Plan, Recipe, choose, stat_dtype
 from .norm import Norm
 from .partition import Partition
+from .probe import arguments_of, undisturbed
 from .sets import Sets, sets_of
 from .spec import Axis, Dots, Element, Group, Spec
 
@@ -119,9 +120,9 @@ class Explanation:
             return f"{self.count:,}, all of them empty" if self.count else "none"
         least, median, most = self.sizes
         size = _many(most, "element")
-        said = [f"{self.count:,} of {_range(self.sizes)[: -len(_number(most))]}{size}"]
+        said = [f"{self.count:,} of {extent(self.sizes)[: -len(numeral(most))]}{size}"]
         if least != most:
-            said[0] += f", median {_number(median)}"
+            said[0] += f", median {numeral(median)}"
         if self.empty:
             said.append(f"{self.empty:,} empty")
         if self.single and self.offsets is not None:
@@ -269,7 +270,7 @@ def explain(
     3      BatchNorm2d  n c ... -> c        8     72        nn.BatchNorm2d(8)   running statistics  16
     """
     if isinstance(what, nn.Module):
-        if not _is_norm(what) or x is None:
+        if not is_norm(what) or x is None:
             return _report(what, x)
         return _of_layer(what, x, mask, names if labels is None else {**names, "labels": labels}, dtype)
     spec = Spec.parse(what)
@@ -622,18 +623,36 @@ PATTERNS: Mapping[type[nn.Module], Callable[[Any], _Formed]] = {
 }
 """What the norms of torch are: pattern, options, and sizes of axes."""
 
+NORMS: tuple[type[nn.Module], ...] = (Norm, *PATTERNS)
+"""Norms by class; a subclass of torch's may compute something of its own."""
 
-def _is_norm(module: nn.Module) -> bool:
-    return isinstance(module, Norm) or _of_torch(module) is not None
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether its formula is known."""
+    return formula_of(module) is not None
 
 
-def _of_torch(module: nn.Module) -> Formula | None:
-    """A norm of torch as a formula. A subclass with a forward of its own is something else, as PyG's InstanceNorm."""
+def formula_of(module: nn.Module) -> Formula | None:
+    """What a norm computes. A subclass of torch's with a forward of its own is none of them, as PyG's InstanceNorm."""
+    if isinstance(module, Norm):
+        return module._formula
     for cls, formed in PATTERNS.items():
         if isinstance(module, cls) and type(module).forward is cls.forward:
             text, options, sizes = formed(module)
             return Formula(Spec.parse(text), options, (), sizes)
     return None
+
+
+def roles(spec: Spec) -> str:
+    """What becomes of each element of x, a letter each: k kept, p pooled (K and P of an ellipsis), s a composition of a
+    kept axis and a pooled one, ? of others, 1 the unit axis."""
+    kept, said = list(spec.sets.atoms()), ""
+    for element in spec.x.elements:
+        atoms = element.atoms if isinstance(element, Group) else (element,)
+        parts = "".join("k" if atom in kept else "p" for atom in atoms)
+        letter = "1" if not parts else "s" if parts == "kp" else parts[0] if len(set(parts)) == 1 else "?"
+        said += letter.upper() if isinstance(element, Dots) else letter
+    return said
 
 
 def _about(module: nn.Module, tracks: bool | None = None) -> _About:
@@ -694,13 +713,13 @@ def _of_layer(
 ) -> Explanation | Report:
     beside = [p.device for p in (*layer.parameters(), *layer.buffers())]
     like = _like(x, dtype, beside[0] if beside else torch.device("cpu"))
-    formula = _of_torch(layer)
-    if formula is not None and not isinstance(layer, Norm):
+    if not isinstance(layer, Norm):
+        formula = formula_of(layer)
+        assert formula is not None
         if mask is not None or given:
             received, instead = ", ".join(["mask"] * (mask is not None) + list(given)), "explain(layer, x)"
             raise SpecError(say(f"{type(layer).__name__} takes x alone", received=received, instead=instead))
         return _explained(formula, _with_batch(layer, like), None, {}, _about(layer))
-    assert isinstance(layer, Norm)
     calls: list[_Call] = []
 
     def note(call: _Call) -> NoReturn:
@@ -730,8 +749,7 @@ _COLUMNS = ("layer", "class", "pattern", "sets", "elements", "known as", "sample
 
 
 def _report(model: nn.Module, x: Any) -> Report:
-    kinds: tuple[type[nn.Module], ...] = (Norm, *PATTERNS)
-    layers: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, NORMS)}
     inner = {id(part) for m in layers.values() if isinstance(m, Norm) for part in m.modules() if part is not m}
     layers = {name: m for name, m in layers.items() if id(m) not in inner}
     seen: dict[str, Explanation] = {}
@@ -751,18 +769,18 @@ def _key(name: str, place: int) -> str:
 
 
 def _row(name: str, layer: nn.Module, found: Explanation | None, ran: bool, place: int = 0) -> tuple[str, ...]:
-    formula, tracks = layer._patterns()[place] if isinstance(layer, Norm) else (_of_torch(layer), None)
+    formula, tracks = layer._patterns()[place] if isinstance(layer, Norm) else (formula_of(layer), None)
     about = _about(layer, tracks)
     pattern = "its own" if formula is None else str(formula.spec)
     sets = elements = known = samples = ""
     if found is not None:
-        sets, elements = f"{found.count:,}", "none" if found.sizes is None else _range(found.sizes)
+        sets, elements = f"{found.count:,}", "none" if found.sizes is None else extent(found.sizes)
         known = found.names[0].removesuffix(" in training") if found.names else ""
         samples = "mixed" if found.mixes else "apart"
     elif ran and formula is not None:
         sets = "not called"
     elif formula is not None:
-        samples = "mixed" if _pools_first(formula.spec) else "apart"
+        samples = "apart" if roles(formula.spec)[:1] in "kK1" else "mixed"
     if about.tracks:
         samples = "running statistics"
     count = 0 if place else sum(math.prod(shape) for shape in about.parameters.values())
@@ -773,25 +791,18 @@ def _row(name: str, layer: nn.Module, found: Explanation | None, ran: bool, plac
 @torch.no_grad()
 def _observe(model: nn.Module, layers: Mapping[str, nn.Module], x: Any, seen: dict[str, Explanation]) -> None:
     """Runs the model once in evaluation, and explains what its norms are first called with."""
-    modes = [(module, module.training) for module in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
         for name, layer in layers.items():
-            formula = _of_torch(layer)
+            formula = formula_of(layer)
             if isinstance(layer, Norm):
                 stack.enter_context(_watched(layer, partial(_note, seen, name, layer)))
             elif formula is not None:
                 note = partial(_note_torch, seen, name, formula)
                 stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)  # a nested tensor, in torch's encoder
-            model.eval()
-            args, kwargs = _arguments(model, x)
-            model(*args, **kwargs)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-            for module, mode in modes:
-                module.training = mode
+        stack.enter_context(undisturbed(model))
+        model.eval()
+        args, kwargs = arguments_of(model, x)
+        model(*args, **kwargs)
 
 
 def _note(seen: dict[str, Explanation], name: str, layer: Norm, call: _Call) -> None:
@@ -809,34 +820,21 @@ def _note_torch(
         seen[name] = _explained(formula, _with_batch(layer, x.detach()), None, {}, _about(layer))
 
 
-def _arguments(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(x, Mapping):
-        return (), dict(x)
-    if isinstance(x, (tuple, list)) and x and all(as_int(size) is not None for size in x):
-        p = next((p for p in model.parameters() if not is_lazy(p) and p.is_floating_point()), torch.zeros(()))
-        return (torch.zeros(tuple(x), dtype=p.dtype, device=p.device),), {}
-    return (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
-
-
-def _pools_first(spec: Spec) -> bool:
-    first = spec.x.elements[0] if spec.x.elements else Group(())
-    kept = list(spec.sets.atoms())
-    return any(atom not in kept for atom in (first.atoms if isinstance(first, Group) else (first,)))
-
-
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _number(value: float) -> str:
+def numeral(value: float) -> str:
+    """A number of elements, which weights may make a fraction."""
     return f"{value:,.0f}" if value == int(value) else f"{value:,.1f}"
 
 
 def _many(value: float, what: str) -> str:
-    return f"{_number(value)} {what}{'' if value == 1 else 's'}"
+    return f"{numeral(value)} {what}{'' if value == 1 else 's'}"
 
 
-def _range(sizes: tuple[float, float, float]) -> str:
-    least, most = _number(sizes[0]), _number(sizes[2])
+def extent(sizes: tuple[float, float, float]) -> str:
+    """The smallest and the largest size of sets."""
+    least, most = numeral(sizes[0]), numeral(sizes[2])
     return most if least == most else f"{least} to {most}"
 
 

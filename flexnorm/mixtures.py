@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .arguments import Formula, Label, Options, Param, label_missing
 from .errors import SpecError, say, shown
 from .functional import ALONE, own_moments
-from .images import over_pixels
-from .norm import Norm
+from .images import broadcasts, over_pixels
+from .norm import Norm, checked_momentum
 from .partition import Partition, whole
 from .spec import Axis, Lookup, Spec
 from .statistics import Moments, each
@@ -25,10 +25,11 @@ class Alternatives(NamedTuple):
     """What a gate sees: of every set of the finest pattern, the moments by which each pattern would normalize it.
 
     Attributes:
-        moments: of shape (*sets, K), K patterns.
+        moments: of shape (*sets, K): the axes of the finest sets in the order of x, labels behind them; and K patterns.
         noise: relative standard deviation that each of these variances has for independent normal elements,
-            sqrt(2 / count); 0 for running statistics. Of weights, which do not count, that of their sum.
-        known: which moments are some: those of two elements or more, unless no pattern has them.
+            sqrt(2 / count); 0 for running statistics. Of weights their sum counts, as if 1 were an element.
+        known: which moments are some: those of two elements or more (of weights, which do not count elements, those
+            with a variance), unless no pattern has them.
         eps: that of the norm.
     """
 
@@ -38,10 +39,11 @@ class Alternatives(NamedTuple):
     eps: float
 
     def features(self) -> Tensor:
-        """Three numbers for each pattern, (*sets, K, 3), that change with no gain and no offset of x.
+        """Three numbers for each pattern, (*sets, K, 3), that change with no gain and no offset of x, but for eps.
 
-        Its noise; how far its mean is from the average of all patterns, in units of the average sigma; the logarithm of
-        its variance over the average variance. Where nothing is known, 0.
+        The logarithm of its noise (and a thousandth, which running statistics are left with); how far its mean is from
+        the average of all patterns, in units of the average sigma; the logarithm of its variance over the average
+        variance. Where nothing is known, 0.
         """
         m, known = self.moments, self.known
         even = known.to(m.m2.dtype)
@@ -50,10 +52,10 @@ class Alternatives(NamedTuple):
         least = torch.finfo(var.dtype).eps
         some = known & (var > 0)
         var = var.where(var > 0, 1)
-        distance = (m.mean - average.mean[..., None]) * var.rsqrt()
+        distance = ((m.mean - average.mean[..., None]) + (m._low - average._low[..., None])) / var.sqrt()
         distance = distance.abs() if distance.is_complex() else distance
         ratio = ((m.var + self.eps) / var).clamp(min=least).log()
-        return torch.stack([t.where(some, 0) for t in (self.noise, distance, ratio)], -1)
+        return torch.stack([t.where(some, 0) for t in ((self.noise + 1e-3).log(), distance, ratio)], -1)
 
 
 class LearnedGate(nn.Module):
@@ -81,13 +83,18 @@ class LearnedGate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.mean_weight = nn.Parameter(torch.ones(patterns, device=device, dtype=dtype))
+        shape = whole(patterns, "patterns", 1)
+        self.mean_weight = nn.Parameter(torch.ones(shape, device=device, dtype=_real(dtype)))
         self.register_parameter("var_weight", nn.Parameter(torch.ones_like(self.mean_weight)) if separate else None)
 
     def reset_parameters(self) -> None:
         """All patterns count alike."""
         for weight in self.parameters():
             nn.init.ones_(weight)
+
+    def extra_repr(self) -> str:
+        """What it was built with."""
+        return f"{len(self.mean_weight)}, separate={self.var_weight is not None}"
 
     def forward(self, seen: Alternatives) -> Tensor | tuple[Tensor, Tensor]:
         """The logits: of means and variances, or of both."""
@@ -121,8 +128,9 @@ class ContextGate(nn.Module):
     ) -> None:
         super().__init__()
         self.separate = separate
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        width = 3 * patterns if hidden is None else hidden
+        made: dict[str, Any] = {"device": device, "dtype": _real(dtype)}
+        whole(patterns, "patterns", 1)
+        width = 3 * patterns if hidden is None else whole(hidden, "hidden", 1)
         self.hidden = None if hidden is None else nn.Linear(3 * patterns, hidden, **made)
         self.out = nn.Linear(width, (2 if separate else 1) * patterns, **made)
         self.reset_parameters()
@@ -158,8 +166,8 @@ class Mixture(Norm):
         patterns: with one left side: `["n c ... -> n c", "n c ... -> n", "n c ... -> c"]`. Statistics are read from x
             once, for the largest sets that all others are made of; those of the patterns are merged from them.
         gate: a module that is called with `Alternatives` and returns logits that broadcast to (*sets, K), one for each
-            pattern, or a pair of them, for means and for variances; None: `LearnedGate`. Patterns whose set has one
-            element or none are left out of its choice, as they know no variance.
+            pattern, or a pair of them, for means and for variances, where moments are mixed; None: `LearnedGate`.
+            Patterns whose set has one element or none are left out of its choice, as they know no variance.
         mix: "moments", as Switchable Norm, or "results". Either costs one pass.
         affine, conditional, bias, eps, activation, sizes, labels, device, dtype, **names: as in `Norm`.
         track_running_stats: keep running statistics of those patterns whose statistics have a shape that is known when
@@ -181,7 +189,7 @@ class Mixture(Norm):
     Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", 2019, for any patterns.
     """
 
-    running: nn.ModuleDict
+    running: nn.ModuleDict  # the norms whose running statistics are used, by the numbers of their patterns
 
     def __init__(
         self,
@@ -209,6 +217,15 @@ class Mixture(Norm):
         if mix not in ("moments", "results"):
             rule, instead = "what is mixed are moments or results", 'mix="moments"'
             raise SpecError(say(rule, received=f"mix={shown(mix)}", instead=instead))
+        for name in ("center", "scale", "cumulative"):
+            if name in names:
+                rule = f"a mixture subtracts means and divides by sigma, of whole sets, so {name!r} is no option of it"
+                instead = f"Norm(pattern, ...) of one; of an axis, sizes={{{name!r}: 8}}"
+                raise SpecError(say(rule, received=f"{name}={shown(names[name])}", instead=instead))
+        if gate is not None and not isinstance(gate, nn.Module):
+            axis = any(axis.name == "gate" for axis in specs[0].x.axes())
+            instead = f'sizes={{"gate": {shown(gate)}}}' if axis else f"gate=LearnedGate({len(specs)}), say"
+            raise SpecError(say("a gate is a module", received=f"gate={shown(gate)}", instead=instead))
         finest = reduce(Spec.refined, specs)
         self._beside = [spec.sets for spec in specs]
         made: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -230,6 +247,7 @@ class Mixture(Norm):
         self.mix = mix
         self.gate = LearnedGate(len(specs), separate=mix == "moments", **made) if gate is None else gate
         self.running = nn.ModuleDict()
+        self.momentum = momentum
         if track_running_stats:
             known = [*self._sizes, *self._counts]
             fixed = [k for k, spec in enumerate(specs) if all(_name(a) in known for a in spec.sets.atoms())]
@@ -242,6 +260,76 @@ class Mixture(Norm):
                 self.running[str(k)] = Norm(
                     str(specs[k]), track_running_stats=True, momentum=momentum, sizes=self._sizes, labels=told, **made
                 )
+
+    def reset_running_stats(self) -> None:
+        """Mean 0, variance 1, no batch seen, of all patterns that run on."""
+        for k in range(len(self._coarser) if "running" in self._modules else 0):  # not while Norm is being built
+            norm = self._running_of(k)
+            if norm is not None:
+                norm.reset_running_stats()
+
+    def reset_parameters(self) -> None:
+        """Weight 1, bias 0, the gate and running statistics as at first, and the static labels."""
+        super().reset_parameters()
+        gate: Any = self._modules.get("gate")
+        if hasattr(gate, "reset_parameters"):
+            gate.reset_parameters()
+
+    @property
+    def track_running_stats(self) -> bool:
+        """Whether any pattern runs on. Set to False, all of them evaluate by what they have, and stay."""
+        return any(norm.track_running_stats for norm in self._runs())
+
+    @track_running_stats.setter
+    def track_running_stats(self, value: bool) -> None:
+        for norm in self._runs():
+            norm.track_running_stats = value
+
+    @property
+    def momentum(self) -> float | None:
+        """That of the running statistics."""
+        return self._momentum
+
+    @momentum.setter
+    def momentum(self, value: float | None) -> None:
+        self._momentum = checked_momentum(value)
+        for norm in self._runs():
+            norm.momentum = value
+
+    def _runs(self) -> list[Norm]:
+        found = self.__dict__.get("_modules", {}).get("running")
+        return [] if found is None else [norm for norm in found.values() if isinstance(norm, Norm)]
+
+    def updated(self, seen: Moments, *, labels: Mapping[str, Label] | None = None, **names: Label) -> dict[str, Tensor]:
+        """The running statistics after a batch, as buffers of this layer. Nothing is changed.
+
+        Args:
+            seen: the second of `norm(x, return_moments=True)`: of the finest sets.
+            labels, **names: those that came with the call.
+
+        >>> norm = SwitchableNorm(3)
+        >>> y, seen = norm(torch.randn(8, 3, 5), return_moments=True)
+        >>> list(norm.updated(seen))
+        ['running.2.running_mean', 'running.2.running_var', 'running.2.num_batches_tracked']
+        """
+        if not self._runs():
+            rule, instead = (
+                "a layer that keeps running statistics is built so",
+                "Mixture(..., track_running_stats=True)",
+            )
+            raise SpecError(say(rule, received=f"{type(self).__name__} without any", instead=instead))
+        if self._sharding is not None:
+            rule, instead = "the moments of a call are those of this rank", "norm(x) in training, which asks the others"
+            raise SpecError(say(rule, received=f"sharded={' '.join(self._sharding.names)!r}", instead=instead))
+        partitions = dict(self.labels)
+        self._check_labels(names if labels is None else self._both(names, labels), partitions)
+        found: dict[str, Tensor] = {}
+        for k in range(len(self._coarser)):
+            norm = self._running_of(k)
+            if norm is not None:
+                moved = norm.updated(self._larger(k, seen, partitions))
+                found.update({f"running.{k}.{name}": value for name, value in moved.items()})
+        return found
 
     def _coarsening(self, finest: Spec, spec: Spec) -> tuple[str, tuple[str, ...], dict[str, int]]:
         """The pattern from the moments of the finest to those of this one, the labels that it reads, and its sizes."""
@@ -260,7 +348,10 @@ class Mixture(Norm):
         return_moments: bool = False,
     ) -> tuple[Tensor, Moments | None]:
         larger: list[Moments] = []
+        own = moments
         if moments is None:
+            for norm in self._runs():
+                norm._check_kind(x)
             partitions = dict(self.labels)
             if self._sharding is None:  # apart from the other, as a compiler knows no such block
                 self._check_labels(dynamic, partitions)
@@ -269,13 +360,13 @@ class Mixture(Norm):
             else:
                 own, larger = self._over_ranks(x, mask, self._params(weight, bias), dynamic, partitions)
             moments = self._mixed(self._alternatives(own, larger, partitions))
-        y, used = super()._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
+        y, _ = super()._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
         if not return_moments:
             for k, m in enumerate(larger):
-                norm = self._running_of(k)
-                if norm is not None and norm.training:
-                    norm._track(m)
-        return y, used
+                of_pattern = self._running_of(k)
+                if of_pattern is not None and of_pattern.training and of_pattern.track_running_stats:
+                    of_pattern._track(m)
+        return y, own
 
     def _running_of(self, k: int) -> Norm | None:
         """What keeps the running statistics of a pattern, if it has any."""
@@ -293,15 +384,20 @@ class Mixture(Norm):
     def _coarsened(self, own: Moments, partitions: Mapping[str, Partition]) -> list[Moments]:
         """The moments of every pattern; the running ones, where it evaluates by them."""
         larger = []
-        for k, (pattern, read, sizes) in enumerate(self._coarser):
+        for k in range(len(self._coarser)):
             norm = self._running_of(k)
             if norm is not None and not norm.training:
                 larger.append(norm._running().rounded(own.m2.dtype))
-            elif self._specs[k].sets == self._spec.sets:
-                larger.append(own)
             else:
-                larger.append(own.coarsen(pattern, sizes=sizes, **{name: partitions[name] for name in read}))
+                larger.append(self._larger(k, own, partitions))
         return larger
+
+    def _larger(self, k: int, own: Moments, partitions: Mapping[str, Partition]) -> Moments:
+        """The moments of a pattern, from those of the finest."""
+        if self._specs[k].sets == self._spec.sets:
+            return own
+        pattern, read, sizes = self._coarser[k]
+        return own.coarsen(pattern, sizes=sizes, **{name: partitions[name] for name in read})
 
     def _over_ranks(
         self,
@@ -346,7 +442,8 @@ class Mixture(Norm):
             m = larger[k] if same else larger[k].refine(pattern, own.mean.shape, sizes=sizes, **labels)
             count = m.count.to(own.m2.dtype)
             noise.append(torch.zeros_like(count) if evaluates else (2 / count.clamp(min=1)).sqrt())
-            known.append(m.count > (0 if evaluates or own.count.is_floating_point() else 1))
+            weighted = own.count.is_floating_point() and not evaluates
+            known.append((m.count > 0) & (m.m2 > 0) if weighted else m.count > (0 if evaluates else 1))
             every.append(Moments(count, m.mean, m.m2, m.low))
         moments = each(lambda *fields: torch.stack(fields, -1), *every)
         some = torch.stack(known, -1)
@@ -357,14 +454,14 @@ class Mixture(Norm):
         said = self.gate(seen)
         both = said if isinstance(said, tuple) else (said,)
         m = Moments(seen.moments.count.where(seen.known, 0), seen.moments.mean, seen.moments.m2, seen.moments.low)
-        patterns, shape = len(self._specs), tuple(m.mean.shape)
-        for logits in both:
-            fits = isinstance(logits, Tensor) and logits.dim() <= len(shape) and logits.shape[-1:] == shape[-1:]
-            if not fits or len(both) > (2 if self.mix == "moments" else 1):
-                most = " or a pair of them" if self.mix == "moments" else ""
-                rule = f"a gate returns logits that end with one for each of {patterns} patterns{most}"
-                received = f"{type(self.gate).__name__}: {', '.join(map(shown, both))}"
-                raise SpecError(say(rule, received=received, instead=f"logits of shape {shape}, or ({patterns},)"))
+        shape = tuple(m.mean.shape)
+        if not 1 <= len(both) <= (2 if self.mix == "moments" else 1) or not all(
+            _fits(logits, shape) for logits in both
+        ):
+            pair = " or a pair of them" if self.mix == "moments" else ""
+            rule = f"a gate returns floating logits that broadcast to ({self._spec.sets} patterns), {shape} here{pair}"
+            received = f"{type(self.gate).__name__}: {', '.join(map(shown, both)) or 'nothing'}"
+            raise SpecError(say(rule, received=received, instead=f"logits of shape {shape}, or {shape[-1:]}"))
         weights = [logits.to(m.m2.dtype).expand(shape).softmax(-1) for logits in both]
         return m.mixed(*weights) if self.mix == "moments" else m.mixed_results(weights[0], self.eps)
 
@@ -377,14 +474,34 @@ class Mixture(Norm):
 
     def extra_repr(self) -> str:
         """What `Norm` shows, with all patterns."""
-        return f"{super().extra_repr()}, mix={self.mix!r}"
+        return f"{super().extra_repr()}, sets={str(self._spec.sets)!r}, mix={self.mix!r}"
 
 
 class _OfImages(Mixture):
     """A mixture over (N, C, *spatial), whose masks are (N, *spatial)."""
 
+    def forward(  # type: ignore[override]  # torch's name
+        self,
+        input: Tensor,
+        mask: Tensor | None = None,
+        *,
+        moments: Moments | None = None,
+        return_moments: bool = False,
+    ) -> Any:
+        """Normalizes x.
+
+        Args:
+            input: x, (N, C, *spatial).
+            mask: bool (which pixels there are) or floating (weights), (N, *spatial), or of size 1 along an axis.
+            moments: statistics to use instead, of the finest sets.
+            return_moments: return the result and the moments of the finest sets, and update nothing.
+        """
+        if return_moments:
+            return super().forward(input, mask, moments=moments, return_moments=True)
+        return super().forward(input, mask, moments=moments)
+
     def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> tuple[Tensor, Moments | None]:
-        return super()._normalize(x, over_pixels(x, mask), *others)
+        return super()._normalize(x, over_pixels(x, mask) if isinstance(x, Tensor) else mask, *others)
 
 
 class SwitchableNorm(_OfImages):
@@ -397,6 +514,9 @@ class SwitchableNorm(_OfImages):
         affine: learn weight and bias, of shape (C,).
         track_running_stats: use running statistics of the batch in evaluation.
         device, dtype: of the parameters.
+        bias: learn a bias beside the weight.
+        activation: "relu", "silu" or "gelu", applied to the result.
+        sharded, process_group: as in `Norm`: with "n" the batch is that of all ranks.
 
     Shapes: x is (N, C, *spatial), a mask (N, *spatial); the result is as x.
 
@@ -421,18 +541,28 @@ class SwitchableNorm(_OfImages):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        sharded: str | None = None,
+        process_group: Any = None,
     ) -> None:
         left = "n c ..., n ..."
         super().__init__(
             [f"{left} -> n c", f"{left} -> n", f"{left} -> c"],
             affine="c" if affine else None,
+            bias=bias,
             eps=eps,
+            activation=activation,
+            sharded=sharded,
+            process_group=process_group,
             momentum=momentum,
             track_running_stats=track_running_stats,
             c=whole(num_features, "num_features", 1),
             device=device,
             dtype=dtype,
         )
+        self.num_features = num_features
 
 
 class DualNorm(_OfImages):
@@ -446,6 +576,9 @@ class DualNorm(_OfImages):
         affine: learn weight and bias, of shape (C,).
         track_running_stats: use running statistics of the batch in evaluation.
         device, dtype: of the parameters.
+        bias: learn a bias beside the weight.
+        activation: "relu", "silu" or "gelu", applied to the result.
+        sharded, process_group: as in `Norm`: with "n" the batch is that of all ranks.
 
     Shapes: x is (N, C, *spatial), a mask (N, *spatial); the result is as x.
 
@@ -472,6 +605,11 @@ class DualNorm(_OfImages):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        sharded: str | None = None,
+        process_group: Any = None,
     ) -> None:
         left, axes = "n (g c) ..., n ...", "(g c)"
         super().__init__(
@@ -479,7 +617,11 @@ class DualNorm(_OfImages):
             gate=ContextGate(2, None, separate=False, device=device, dtype=dtype),
             mix="results",
             affine=axes if affine else None,
+            bias=bias,
             eps=eps,
+            activation=activation,
+            sharded=sharded,
+            process_group=process_group,
             momentum=momentum,
             track_running_stats=track_running_stats,
             g=whole(num_groups, "num_groups", 1),
@@ -487,6 +629,7 @@ class DualNorm(_OfImages):
             device=device,
             dtype=dtype,
         )
+        self.num_groups, self.num_channels = num_groups, num_channels
 
 
 class ContextNorm(_OfImages):
@@ -501,6 +644,8 @@ class ContextNorm(_OfImages):
         eps: added to the variance, in the unit of x squared.
         affine: learn weight and bias, of shape (C,).
         device, dtype: of the parameters.
+        bias: learn a bias beside the weight.
+        activation: "relu", "silu" or "gelu", applied to the result.
 
     Shapes: x is (N, C, *spatial), a mask (N, *spatial); the result is as x.
 
@@ -521,18 +666,24 @@ class ContextNorm(_OfImages):
         affine: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
     ) -> None:
         left, axes = "n (g c) ..., n ...", "(g c)"
         super().__init__(
             [f"{left} -> n g c", f"{left} -> n g", f"{left} -> n"],
             gate=ContextGate(3, hidden, device=device, dtype=dtype),
             affine=axes if affine else None,
+            bias=bias,
             eps=eps,
+            activation=activation,
             g=whole(num_groups, "num_groups", 1),
             sizes={axes: whole(num_channels, "num_channels", 1)},
             device=device,
             dtype=dtype,
         )
+        self.num_groups, self.num_channels = num_groups, num_channels
 
 
 def _with_one_left_side(patterns: Sequence[str]) -> list[Spec]:
@@ -551,6 +702,19 @@ def _with_one_left_side(patterns: Sequence[str]) -> list[Spec]:
                 )
             )
     return specs
+
+
+def _fits(logits: object, shape: Sequence[int]) -> bool:
+    """Whether these are logits of so many sets and patterns, or broadcast to them."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or not 1 <= logits.dim() <= len(shape):
+        return False
+    sizes = shape[len(shape) - logits.dim() :]
+    return broadcasts(logits, sizes) and logits.shape[-1] == shape[-1]
+
+
+def _real(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Of gates, whose logits are real."""
+    return dtype.to_real() if dtype is not None and dtype.is_complex else dtype
 
 
 def _name(atom: Any) -> str | None:

@@ -137,7 +137,7 @@ class Norm(nn.Module):
         spec = self._spec if cumulative is None else spec_along(self._spec, cumulative)
         self._formula = Formula(spec, self._options, exprs, self._sizes)
         self._was_given = False
-        self.momentum = _checked(momentum)
+        self.momentum = checked_momentum(momentum)
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self.register_buffer(name, None)
         self.track_running_stats = track_running_stats
@@ -297,11 +297,7 @@ class Norm(nn.Module):
         apart: bool,
         ranks: Ranks,
     ) -> tuple[Tensor, Moments | None]:
-        mean = self._buffers.get("running_mean")
-        if mean is not None and isinstance(x, Tensor) and x.is_complex() != mean.is_complex():
-            received, instead = f"x of {x.dtype}, running_mean of {mean.dtype}", f"Norm(..., dtype={x.dtype})"
-            rule = "running means are complex where x is, and only there"
-            raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
+        self._check_kind(x)
         if dynamic:
             self._read(dynamic, partitions)
         params = self._params(weight, bias)
@@ -313,6 +309,13 @@ class Norm(nn.Module):
         return run(
             formula, x, mask, params, moments, partitions, tracked=tracked, apart=apart, cumulative=along, ranks=ranks
         )
+
+    def _check_kind(self, x: Tensor) -> None:
+        mean = self._buffers.get("running_mean")
+        if mean is not None and isinstance(x, Tensor) and x.is_complex() != mean.is_complex():
+            received, instead = f"x of {x.dtype}, running_mean of {mean.dtype}", f"Norm(..., dtype={x.dtype})"
+            rule = "running means are complex where x is, and only there"
+            raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
 
     # --- many machines
 
@@ -786,7 +789,8 @@ def calibrate(
     return model
 
 
-def _checked(momentum: float | None) -> float | None:
+def checked_momentum(momentum: float | None) -> float | None:
+    """The momentum, if it is one."""
     number = isinstance(momentum, (int, float)) and not isinstance(momentum, bool)
     if momentum is not None and not (number and 0 <= momentum <= 1):
         raise SpecError(

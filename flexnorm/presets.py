@@ -5,6 +5,7 @@ Each is a pattern over `Norm`, and how its labels, weights or statistics come ab
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,8 @@ class WeightedGroupNorm(Norm):
     The parameter is `raw_channel_weight` (C,), and v = softplus of it. It begins with 0, equal weights: that is
     `nn.GroupNorm`, and weight decay leads back there. Only ratios within a group matter. Training comes near weight 0,
     and reaches it by underflow only. Set to -inf it is exactly 0, and stays, as its gradient is 0: the channel counts
-    nowhere, whatever it holds, and is normalized by the others. A group whose weights are all 0 gives 0 (then bias).
+    nowhere, whatever finite number it holds, and is normalized by the others. A group whose weights are all 0 gives 0
+    (then bias).
 
     With a mask, the moments of every channel are taken over its pixels, weighted, and merged into those of the group:
     one pass over x more, but no tensor of weights of x's size.
@@ -128,20 +130,22 @@ class WeightedGroupNorm(Norm):
     def _normalize(
         self, x: Tensor, mask: Tensor | None, weight: Any, bias: Any, moments: Moments | None, *others: Any
     ) -> tuple[Tensor, Moments | None]:
-        pattern, sizes = self._spec.text, {"g": self.num_groups}
-        operand: Tensor | None = self.channel_weight
-        if mask is not None and isinstance(x, Tensor) and x.dim() > 1 and x.shape[1] == self.num_channels:
-            pattern, operand = "n (g c) ..., n ... -> n g", over_pixels(x, mask)
-            if moments is None:
-                alone = moments_of(x, "n c ..., n ... -> n c", operand)
-                v = self.channel_weight.to(alone.m2.dtype)
-                moments = alone.weighed(v).coarsen("n (g c) -> n g", sizes=sizes)
+        if mask is None or not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != self.num_channels:
+            masked = self._masked
+            result = super()._normalize(x, self.channel_weight, weight, bias, moments, *others)
             if not torch.compiler.is_compiling():
-                self.__dict__["_masked"] = True
+                self.__dict__["_masked"] = masked  # the weights are its own
+            return result
+        sizes, pixels = {"g": self.num_groups}, over_pixels(x, mask)
+        if moments is None:
+            alone = moments_of(x, "n c ..., n ... -> n c", pixels)
+            moments = alone.weighed(self.channel_weight).coarsen("n (g c) -> n g", sizes=sizes)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_masked"] = True
         y = normalize(
             x,
-            pattern,
-            operand,
+            "n (g c) ..., n ... -> n g",
+            pixels,
             weight=self.weight,
             bias=self.bias,
             affine=None if self._affine is None else "(g c)",
@@ -330,7 +334,10 @@ class SpectralGroupNorm(Norm):
             )
         wide, samples = x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1]
         if x.numel():
-            bins, used = super()._normalize(torch.fft.rfft(wide, norm="ortho"), *others)
+            first = wide[..., :1].detach()  # transformed by itself, as its rounding would reach all bands
+            bins = torch.fft.rfft(wide - first, norm="ortho")
+            bins = bins + functional.pad(first * math.sqrt(samples), (0, frequencies - 1))
+            bins, used = super()._normalize(bins, *others)
             y = torch.fft.irfft(bins, n=samples, norm="ortho")
         else:  # of which torch makes no transform
             bins, used = super()._normalize(wide[..., :frequencies].to(wide.dtype.to_complex()), *others)
@@ -605,6 +612,7 @@ class DemographicNorm(Norm):
         min_members: members that a group needs in a batch, 2 or more.
         bias: learn a bias beside the weight.
         activation: "relu", "silu" or "gelu", applied to the result.
+        sharded, process_group: as in `Norm`: "n" where the ranks have parts of the batch.
 
     Shapes: x is (N, F), group is (N,): ids from 0 to num_groups - 1, or -1. The mask is (N,), bool: which rows are.
     The buffers `running_mean`, `running_var` and `num_batches_tracked` are (1 + num_groups, F), of everyone in row 0.
@@ -637,6 +645,8 @@ class DemographicNorm(Norm):
         min_members: int = 2,
         bias: bool = True,
         activation: str | None = None,
+        sharded: str | None = None,
+        process_group: Any = None,
     ) -> None:
         shape = 1 + whole(num_groups, "num_groups", 1), whole(num_features, "num_features", 1)
         super().__init__(
@@ -649,6 +659,8 @@ class DemographicNorm(Norm):
             eps=eps,
             bias=bias,
             activation=activation,
+            sharded=sharded,
+            process_group=process_group,
             device=device,
             dtype=dtype,
         )
@@ -657,16 +669,22 @@ class DemographicNorm(Norm):
         self.min_members = whole(min_members, "min_members", 2)
 
     def forward(  # type: ignore[override]  # a label, where a mask would stand
-        self, x: Tensor, group: Label | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        group: Label | None = None,
+        mask: Tensor | None = None,
+        *,
+        return_moments: bool = False,
+    ) -> Any:
         """Normalizes x.
 
         Args:
             x: (N, F).
             group: the group of every row, (N,), -1 where it is not known.
             mask: bool, which rows there are, (N,).
+            return_moments: as in `Norm`: of everyone, then of the groups.
         """
-        return super().forward(x, mask, labels=_given(group=group))
+        return super().forward(x, mask, return_moments=return_moments, labels=_given(group=group))  # type: ignore[call-overload]
 
     def _normalize(
         self,
@@ -685,7 +703,10 @@ class DemographicNorm(Norm):
         dynamic = dynamic if group is None else {**dynamic, "group": group}
         if moments is not None or not self.training or not isinstance(group, Partition):
             return super()._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
-        own = moments_of(x, self._spec.text, mask, f=self.num_features, group=group)
+        over: dict[str, Any] = {}
+        if self._sharding is not None:
+            over = {"sharded": self._sharding.names, "process_group": self.process_group}
+        own = moments_of(x, self._spec.text, mask, f=self.num_features, group=group, **over)
         everyone = own.coarsen("group f -> f")
         seen = each(lambda of_all, of_groups: torch.cat([of_all[None], of_groups[1:]]), everyone, own)
         used = _filled(seen, seen.count >= self.min_members)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import ShapeError, SpecError, as_int, nearest, say, shown
-from .inspection import FEW, Explanation, Report, _is_norm, _number, _of_torch, _range, explain
+from .inspection import FEW, NORMS, Explanation, Report, explain, extent, formula_of, is_norm, numeral, roles
 from .norm import Norm
 from .partition import Partition, whole
 from .spec import Axis, Dots, Group, Spec
@@ -191,7 +191,7 @@ def _check(what: Any, batch_size: Any, data: Any, groups: Any, flags: Mapping[st
     lazy = [
         name
         for name, m in what.named_modules()
-        if _is_norm(m) and any(is_lazy(p) for p in (*m.parameters(), *m.buffers()))
+        if is_norm(m) and any(is_lazy(p) for p in (*m.parameters(), *m.buffers()))
     ]
     if lazy:
         received, instead = ", ".join(lazy) or type(what).__name__, "one call of the model first"
@@ -289,14 +289,9 @@ def _inner(layer: nn.Module) -> nn.Module:
 def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module not in inside and (_is_norm(module) or _of_pyg(module) is not None or _claims(module)):
+        if module not in inside and (isinstance(module, NORMS) or _of_pyg(module) is not None):
             inside.update(module.modules())
             yield name, module
-
-
-def _claims(module: nn.Module) -> bool:
-    """A subclass of a norm of torch that computes something of its own."""
-    return isinstance(module, (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase))
 
 
 _PER_GRAPH = ("GraphNorm", "InstanceNorm", "LayerNorm", "PairNorm", "MeanSubtractionNorm", "GraphSizeNorm")
@@ -306,7 +301,7 @@ def _kind(layer: nn.Module) -> str:
     pyg = _of_pyg(layer)
     if pyg is not None:
         return "batch" if pyg == "BatchNorm" else "graph" if pyg in _PER_GRAPH else "own"
-    formula = layer._formula if isinstance(layer, Norm) else _of_torch(layer)
+    formula = formula_of(layer)
     if formula is None:
         return "own"
     if isinstance(layer, Norm) and (layer._static or layer._conditional is not None or layer._cumulative is not None):
@@ -326,20 +321,19 @@ def _of_sets(spec: Spec) -> str:
     """The kind of a pattern, by its axes: which are kept, which are pooled, which are split."""
     if any(True for _ in spec.sets.lookups()):
         return "own"
-    kept, roles = list(spec.sets.atoms()), ""
-    for element in spec.x.elements:
-        atoms = element.atoms if isinstance(element, Group) else (element,)
-        own = [atom in kept for atom in atoms]
-        roles += "k" if all(own) else "s" if any(own) else "p"
-    if roles.startswith("pk") and set(roles[2:]) <= {"p"} and isinstance(spec.x.elements[0], Axis):
+    axes = roles(spec).translate(_AXES)
+    if axes.startswith("pk") and set(axes[2:]) <= {"p"} and isinstance(spec.x.elements[0], Axis):
         return "batch"
-    if not roles.startswith("k"):
+    if not axes.startswith("k"):
         return "own"
-    if "s" in roles:
-        return "group" if "p" in roles else "frame"
-    if isinstance(spec.x.elements[0], Dots) or roles == "kpk":
+    if "s" in axes:
+        return "group" if "p" in axes else "frame"
+    if isinstance(spec.x.elements[0], Dots) or axes == "kpk":
         return "token"
-    return {"kp": "layer", "kpp": "layer", "kkp": "instance"}.get(roles, "own")
+    return {"kp": "layer", "kpp": "layer", "kkp": "instance"}.get(axes, "own")
+
+
+_AXES = str.maketrans("KP1?", "kpks")  # an ellipsis is an axis, and a split a split, like others
 
 
 def _channels(layer: nn.Module) -> int | None:
@@ -385,7 +379,7 @@ def _seen(what: nn.Module, x: Any) -> Mapping[str, Explanation]:
         found = explain(what, x)
         return {"": found} if isinstance(found, Explanation) else dict(found.explanations)
     except (SpecError, ShapeError) as error:
-        if isinstance(error, SpecError) and _is_norm(what) and _kind(what) in ("own", "graph"):
+        if isinstance(error, SpecError) and is_norm(what) and _kind(what) in ("own", "graph"):
             return {}  # x alone does not say which sets there are
         raise
     except Exception as error:  # the model's own, of any kind
@@ -824,7 +818,7 @@ def _numbers(now: Explanation | None, then: Explanation | None, keep: bool) -> I
 def _measured(e: Explanation | None) -> str:
     if e is None or e.sizes is None:
         return ""
-    count = f"{_range(e.sizes)} element{'' if e.sizes[2] == 1 else 's'}"
+    count = f"{extent(e.sizes)} element{'' if e.sizes[2] == 1 else 's'}"
     return count if e.error is None or math.isinf(e.error) else f"{count}, variance off by {e.error:.1%}"
 
 
@@ -846,7 +840,7 @@ def _row(name: str, layer: nn.Module, made: Recommendation) -> tuple[str, ...]:
     def of(e: Explanation | None) -> tuple[str, str]:
         if e is None or e.sizes is None:
             return "", ""
-        return _number(e.sizes[0]), "" if e.error is None else "none" if math.isinf(e.error) else f"{e.error:.1%}"
+        return numeral(e.sizes[0]), "" if e.error is None else "none" if math.isinf(e.error) else f"{e.error:.1%}"
 
     (count, error), (count_then, error_then) = of(made.now), ("", "") if made.keep else of(made.then)
     choice = "keep" if made.keep else made.choice

@@ -201,10 +201,11 @@ class Spec:
     def refined(self, other: Spec) -> Spec:
         """The pattern of the largest sets that those of both are made of: "n c -> n" and "n c -> c" of "n c -> n c".
 
-        A label that is read at kept axes tells no sets apart that these do not.
+        Axes are in the order of x, labels behind them. A label that is read at kept axes tells no sets apart that these do not.
         """
-        atoms = list(self.sets.union(other.sets).atoms())
-        atoms = [a for a in atoms if not (isinstance(a, Lookup) and all(axis in atoms for axis in a.axes))]
+        found = list(self.sets.union(other.sets).atoms())
+        atoms: list[Atom] = [axis for axis in self.x.atoms() if axis in found]  # in the order of x
+        atoms += [a for a in found if isinstance(a, Lookup) and not all(axis in atoms for axis in a.axes)]
         mask = "" if self.mask is None else f", {self.mask}"
         return _parse(f"{self.x}{mask} -> {' '.join(map(str, atoms))}")
 

@@ -195,6 +195,8 @@ class Moments:
         >>> m.weighed(torch.tensor([3.0, 1.0])).coarsen("n -> ").mean
         tensor(1.)
         """
+        self.check()
+        weights = self._weights(weights)
         count = self.count * weights
         return Moments(count, self.mean.expand_as(count), self.m2 * weights, self._low.expand_as(count))
 
@@ -219,8 +221,9 @@ class Moments:
 
         Source: Luo et al., "Differentiable Learning-to-Normalize via Switchable Normalization", 2019.
         """
-        known = self.count > 0
-        of_means, of_vars = (_shares(w, known) for w in (weights, weights if var_weights is None else var_weights))
+        self.check()
+        known, both = self.count > 0, (weights, weights if var_weights is None else var_weights)
+        of_means, of_vars = (_shares(self._weights(w), known) for w in both)
         var, mean, low = (t.where(known, 0) for t in (self.var, self.mean, self._low))
         # As in `pool`: a shift first, so that neither shares that sum to 1 - 1e-7 nor rounding cost digits of the mean.
         high = (of_means * mean).sum(-1).detach()
@@ -244,10 +247,12 @@ class Moments:
         >>> m.mixed_results(torch.tensor([0.5, 0.5]), eps=0.0).mean  # x / 2 + (x - 4) / 4 = (x - 4 / 3) * 3 / 4
         tensor(1.3333)
         """
+        self.check()
         known = self.count > 0
         square = self.var + eps
         scaled = known & (square > 0)  # neither eps nor variance: the result is 0
-        rates = square.where(scaled, 1).rsqrt().where(scaled, 0) * _shares(weights, known)
+        rates = square.where(scaled, 1).sqrt().reciprocal()  # rsqrt has a derivative that leaves float32 early
+        rates = rates.where(scaled, 0) * _shares(self._weights(weights), known)
         rate = rates.sum(-1)
         some = rate > 0
         mean = self.mixed(rates.where(some[..., None], 1))
@@ -307,6 +312,18 @@ class Moments:
     def _low(self) -> Tensor:
         return torch.zeros_like(self.mean) if self.low is None else self.low
 
+    def _weights(self, weights: Tensor) -> Tensor:
+        """In the dtype of the statistics, if these are weights of them."""
+        if not isinstance(weights, Tensor) or not weights.is_floating_point():
+            received, instead = shown(weights), "torch.tensor([0.5, 0.5]), say"
+            raise SpecError(say("weights of moments are a floating tensor", received=received, instead=instead))
+        sizes, shape = weights.shape[::-1], self.mean.shape[::-1]
+        if any(a != b and a != 1 and b != 1 for a, b in zip(sizes, shape, strict=False)):
+            received = f"weights of shape {tuple(weights.shape)}, moments of shape {tuple(self.mean.shape)}"
+            rule, instead = "weights broadcast against the moments", "one for each of the last axis, say"
+            raise ShapeError(say(rule, received=received, instead=instead))
+        return weights.to(self.m2.dtype)
+
     @property
     def _fields(self) -> list[Tensor]:
         return [self.count, self.mean, self.m2, self._low]
@@ -346,7 +363,7 @@ def _between(pattern: str, labels: Mapping[str, Any]) -> Spec:
                 f"label {name!r} is given as a Partition",
                 *missing,
                 received=f"{name}={shown(labels.get(name))}",
-                instead=f"m.coarsen(pattern, {name}=Partition(ids))",
+                instead=f"{name}=Partition(ids)",
             )
         )
     return spec

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from .errors import SpecError, say, shown
 from .norm import Norm
 from .partition import whole
+from .places import put, rebind, take_place
 
 __all__ = ["Transition", "finish"]
 
@@ -119,38 +119,3 @@ def finish(model: nn.Module, *, early: bool = False) -> nn.Module:
         rebind(module.new)
         module.new.train(module.training)
     return put(model, {id(module): module.new for module in found.values()})
-
-
-def places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Every place of a model: who holds it, under which name, and what stands there."""
-    held = ((module, name, child) for module in model.modules() for name, child in module._modules.items())
-    return [(module, name, child) for module, name, child in held if child is not None]
-
-
-def put(model: nn.Module, successors: dict[int, nn.Module]) -> nn.Module:
-    """The model with successors, by the ids of what they follow, in all places; one in several places has one."""
-    for module, name, child in places(model):
-        if id(child) in successors:
-            module._modules[name] = successors[id(child)]
-    return successors.get(id(model), model)
-
-
-def take_place(old: nn.Module, new: nn.Module) -> None:
-    """Gives a layer the hooks of the one before: the same tables, so that `handle.remove()` still finds them."""
-    for name, value in old.__dict__.items():
-        if "_hooks" in name or name == "_is_full_backward_hook":
-            new.__dict__[name] = value
-
-
-def rebind(new: nn.Module) -> None:
-    """Hooks that are called with their layer are called with this one."""
-    hooks: Any = new._load_state_dict_pre_hooks
-    for hook in hooks.values():
-        if getattr(hook, "with_module", False):
-            hook.module = weakref.ref(new)
-
-
-def give_up(old: nn.Module) -> None:
-    """Leaves a layer, whose tables of hooks another has now, without any."""
-    fresh = nn.Module().__dict__
-    old.__dict__.update({name: fresh[name] for name in old.__dict__ if name in fresh and "_hook" in name})

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from flexnorm import Norm, ShapeError, SpecError, calibrate, given
+from flexnorm import Norm, ShapeError, SpecError, calibrate, explain, given
 from flexnorm.conversion import ChannelAffine, SyncBatchNorm, UnitOffsetNorm, convert, convert_sync_batchnorm
 from flexnorm.images import ChannelGroupNorm, default_groups
 from flexnorm.sequences import TokenGroupNorm
@@ -753,6 +753,31 @@ def test_probes_of_all_kinds():
     assert report.changes["norm"] == 0
     _, report = convert(nn.GroupNorm(2, 4).eval(), "batch", probe=x)
     assert report.rows[0][5] == "not seen"
+
+
+def test_a_probe_leaves_buffers_of_any_kind():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+            self.register_buffer("edges", torch.eye(3).to_sparse())
+            self.register_buffer("shape", torch.empty(2, device="meta"))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            self.edges, self.shape = self.edges * 2, torch.empty(3, device="meta")
+            return self.norm(x) + self.calls
+
+    x = torch.randn(5, 4)
+    for look in (lambda model: convert(model, probe=x, dry_run=True), lambda model: explain(model, x)):
+        model = Model()
+        held = dict(model.named_buffers())
+        look(model)
+        assert all(buffer is held[name] for name, buffer in model.named_buffers())
+        assert model.calls == 0
+        assert model.norm.num_batches_tracked == 0
+        assert model.training
 
 
 def test_the_report_is_a_table():

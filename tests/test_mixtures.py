@@ -192,10 +192,11 @@ PEERS = {
     0: lambda x: nn.functional.instance_norm(x),
     1: lambda x: nn.functional.layer_norm(x, x.shape[1:]),
     2: lambda x: nn.functional.batch_norm(x, None, None, training=True),
+    "group": lambda x: nn.functional.group_norm(x, 2),
 }
 
 
-@pytest.mark.parametrize("index", PEERS)
+@pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_switchable_norm_certain_of_one_is_that_of_torch(index, memory):
     torch.manual_seed(0)
@@ -299,21 +300,24 @@ def test_dual_norm_of_one_value_per_channel_is_group_norm(shape, offset):
     assert norm.running["1"].running_var.isfinite().all()
 
 
-def test_dual_norm_learns_to_distrust_a_batch_that_is_small():
-    """Targets are those of group norm; with the noise of small batches the gate's weight of group norm rises."""
+def test_dual_norm_learns_what_a_batch_of_which_size_is_worth():
+    """Group norm is right for batches of 2, batch norm for those of 64: one bias for both cannot be."""
     torch.manual_seed(0)
     norm = DualNorm(2, 8, affine=False)
     optimizer = torch.optim.Adam(norm.parameters(), lr=0.1)
-    for _ in range(60):
-        x = torch.randn(2, 8, 2, 2)
-        loss = (norm(x) - nn.functional.group_norm(x, 2)).square().mean()
+    right = {2: PEERS["group"], 64: PEERS[2]}
+
+    def error(norm, size):
+        x = torch.randn(size, 8, 2, 2)
+        return (norm(x) - right[size](x)).square().mean()
+
+    for _ in range(100):
+        loss = error(norm, 2) + error(norm, 64)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    x = torch.randn(2, 8, 2, 2)
-    error = (norm(x) - nn.functional.group_norm(x, 2)).square().mean()
-    untrained = (DualNorm(2, 8)(x) - nn.functional.group_norm(x, 2)).square().mean()
-    assert error < untrained / 4
+    for size in right:
+        assert error(norm, size) < error(DualNorm(2, 8, affine=False), size) / 4
 
 
 def test_what_a_gate_sees():
@@ -357,7 +361,8 @@ def test_a_choice_that_depends_on_the_input_against_the_loops(mix):
     count, mean, var = alternatives(x, patterns, None, {}, {})
     even = var.mean(-1, keepdim=True) + 1e-5
     distance = (mean - mean.mean(-1, keepdim=True)) / even.sqrt()
-    features = torch.stack([(2 / count).sqrt(), distance, ((var + 1e-5) / even).log()], -1).flatten(-2)
+    noise = ((2 / count).sqrt() + 1e-3).log()
+    features = torch.stack([noise, distance, ((var + 1e-5) / even).log()], -1).flatten(-2)
     logits = gate.out(nn.functional.silu(gate.hidden(features)))
     both = logits.chunk(2, -1) if mix == "moments" else (logits, logits)
     expected = mixture(x, patterns, *both, None, {}, {}, mix)
@@ -519,12 +524,12 @@ class Constant(nn.Module):
         ("'c'", lambda: Mixture(["n c -> n", "n c -> c"], track_running_stats=True)),
         ("is read, and not given", lambda: Mixture(["v c -> v", "v c -> kind[v]"])(torch.randn(3, 2))),
         (
-            "one for each of 2",
+            "floating logits",
             lambda: Mixture(["n c -> n", "n c -> c"], gate=Constant(torch.ones(3)))(torch.randn(3, 2)),
         ),
-        ("one for each of 2", lambda: Mixture(["n c -> n", "n c -> c"], gate=Constant(1.0))(torch.randn(3, 2))),
+        ("floating logits", lambda: Mixture(["n c -> n", "n c -> c"], gate=Constant(1.0))(torch.randn(3, 2))),
         (
-            "one for each of 2",
+            "floating logits",
             lambda: Mixture(["n c -> n", "n c -> c"], gate=Constant(torch.ones(2), torch.ones(2)), mix="results")(
                 torch.randn(3, 2)
             ),
@@ -611,6 +616,186 @@ def test_dots_and_numbers(patterns, shape):
     norm = Mixture(patterns, dtype=torch.float64)
     expected = mixture(x, patterns, torch.zeros(2), torch.zeros(2), None, {}, labels, "moments")
     torch.testing.assert_close(norm(x, **labels), expected, rtol=1e-9, atol=1e-9)
+
+
+def choosing(make, seed=0):
+    """With a gate that has learned something."""
+    torch.manual_seed(seed)
+    norm = make()
+    for p in norm.gate.parameters():
+        nn.init.normal_(p)
+    return norm
+
+
+MADE = {
+    "switch": lambda **o: SwitchableNorm(8, **o),
+    "dual": lambda **o: DualNorm(2, 8, **o),
+    "context": lambda **o: ContextNorm(2, 8, **o),
+}
+
+
+@pytest.mark.parametrize(("std", "mean"), [(0.1, 1e4), (1.0, 1e4), (3.0, 0.0)])
+@pytest.mark.parametrize("kind", MADE)
+def test_far_from_zero(kind, std, mean):
+    """Design 4.4 of y, and gradients at 1e-5 of the largest, those of the gate too; the reference is float64."""
+    norm = choosing(MADE[kind])
+    wide = copy.deepcopy(norm).double()
+    x = (mean + std * torch.randn(4, 8, 5, 5)).requires_grad_()
+    z, dy = x.detach().double().requires_grad_(), torch.randn(4, 8, 5, 5)
+    y, expected = norm(x), wide(z)
+    bound = 4 * 1.2e-7 * (mean / std + expected.abs()) + 1e-6
+    assert ((y.double() - expected).abs() <= bound).all()
+    got = torch.autograd.grad(y, [x, *norm.gate.parameters()], dy)
+    want = torch.autograd.grad(expected, [z, *wide.gate.parameters()], dy.double())
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max() + 1e-7
+
+
+@pytest.mark.parametrize("kind", MADE)
+@pytest.mark.parametrize("std", [1e-14, 1e-3, 1e14])
+def test_gradients_without_eps_at_any_scale(kind, std):
+    norm = choosing(lambda: MADE[kind](eps=0.0))
+    wide = copy.deepcopy(norm).double()
+    x = (std * torch.randn(4, 8, 5, 5)).requires_grad_()
+    z, dy = x.detach().double().requires_grad_(), torch.randn(4, 8, 5, 5)
+    got, want = torch.autograd.grad(norm(x), x, dy)[0], torch.autograd.grad(wide(z), z, dy.double())[0]
+    assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1), torch.ones(1, dtype=torch.bool), None, 3 * torch.ones(1)])
+def test_one_vector_is_group_norm_with_any_mask(mask):
+    norm, x = choosing(MADE["dual"]), torch.randn(1, 8)
+    torch.testing.assert_close(norm(x, mask), nn.functional.group_norm(x, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_from_meta_and_reset(kind):
+    norm = MADE[kind](device="meta").to_empty(device="cpu")
+    for t in (*norm.parameters(), *norm.buffers()):
+        t.data.fill_(7)
+    norm.reset_parameters()
+    torch.manual_seed(0)
+    fresh = MADE[kind]()
+    for (name, a), b in zip(norm.state_dict().items(), fresh.state_dict().values(), strict=True):
+        if "hidden" not in name:  # which begins at random
+            assert torch.equal(a, b), name
+    norm(torch.randn(2, 8, 3, 3))
+    norm.reset_running_stats()
+    assert all(not run.num_batches_tracked for run in norm._runs())
+
+
+@pytest.mark.parametrize("option", [{"center": False}, {"scale": False}, {"cumulative": "t"}])
+def test_options_of_one_norm_are_none_of_a_mixture(option):
+    with pytest.raises(SpecError, match="no option of it"):
+        Mixture(["b c t -> b c", "b c t -> b"], **option)
+    norm = Mixture(
+        ["n scale t -> n scale", "n scale t -> n"], sizes={"scale": 4}, affine="scale"
+    )  # an axis may have any name
+    assert norm.weight.shape == (4,)
+
+
+def test_running_means_are_complex_where_x_is():
+    x = torch.randn(3, 8, 4, 4, dtype=torch.complex64)
+    for mode in (True, False):
+        norm = SwitchableNorm(8)
+        norm(torch.randn(3, 8, 4, 4))
+        with pytest.raises(SpecError, match="running means are complex"):
+            norm.train(mode)(x)
+    for kind in MADE:
+        norm = choosing(lambda kind=kind: MADE[kind](dtype=torch.complex64))
+        assert all(not p.is_complex() for p in norm.gate.parameters())
+        assert norm(x).isfinite().all()
+
+
+def test_what_a_gate_sees_does_not_depend_on_the_order_of_patterns():
+    seen = []
+
+    class Watching(LearnedGate):
+        def forward(self, alternatives):
+            seen.append(alternatives.moments.mean)
+            return super().forward(alternatives)
+
+    patterns, x = ["n c ... -> c", "n c ... -> n"], torch.randn(4, 8, 3, 3)
+    for order in (patterns, patterns[::-1]):
+        Mixture(order, gate=Watching(2))(x)
+    assert torch.equal(seen[0], seen[1].flip(-1))
+    assert seen[0].shape == (4, 8, 2)
+
+
+def test_training_as_a_function():
+    torch.manual_seed(0)
+    norm, x = SwitchableNorm(8), torch.randn(2, 5, 8, 3, 3)
+    other = copy.deepcopy(norm)
+    params = {name: p.detach() for name, p in norm.named_parameters()}
+
+    def loss(params, x):
+        y, seen = torch.func.functional_call(norm, params, (x,), {"return_moments": True})
+        return y.square().mean(), seen
+
+    for batch in x:
+        _, seen = torch.func.grad(loss, has_aux=True)(params, batch)
+        moved = norm.updated(seen)
+        with torch.no_grad():
+            for name, value in moved.items():
+                norm.get_buffer(name).copy_(value)
+        other(batch)
+    for (name, a), b in zip(norm.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    with pytest.raises(SpecError, match="is built so"):
+        ContextNorm(2, 8).updated(seen)
+
+
+def test_momentum_and_tracking_are_those_of_the_running_statistics():
+    norm = SwitchableNorm(8, momentum=0.3)
+    assert norm.momentum == norm.running["2"].momentum == 0.3
+    assert norm.track_running_stats
+    assert not ContextNorm(2, 8).track_running_stats
+    norm.momentum = None
+    assert norm.running["2"].momentum is None
+    with pytest.raises(SpecError, match="momentum"):
+        SwitchableNorm(8, momentum=2.0, track_running_stats=False)
+    norm(torch.randn(2, 8, 3, 3))
+    norm.track_running_stats = False
+    norm(torch.randn(2, 8, 3, 3))
+    assert norm.running["2"].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_are_read_in_the_dtype_of_the_moments(dtype):
+    """Half precision has no 257: the counts must not be computed in it."""
+    x = torch.randn(2, 257) + 1e4
+    m = flexnorm.moments(x, "n c -> n")
+    ones = torch.ones(2, dtype=dtype)
+    weighed = m.weighed(ones)
+    assert weighed.count.dtype == weighed.mean.dtype == torch.float32
+    assert (weighed.count == 257).all()
+    torch.testing.assert_close(weighed.var, m.var)
+    assert (m.mixed(ones).mean - m.mean.mean()).abs() < 1e-3  # one unit of float32 at 1e4
+
+
+@pytest.mark.parametrize("weights", [[0.5, 0.5], torch.ones(3), torch.ones(2).long(), None])
+def test_weights_that_are_none(weights):
+    m = flexnorm.moments(torch.randn(2, 5), "n c -> n")
+    for call in (m.mixed, m.weighed, lambda w: m.mixed_results(w, 1e-5)):
+        with pytest.raises((SpecError, ShapeError), match="weights"):
+            call(weights)
+
+
+@pytest.mark.parametrize("gate", [8, LearnedGate, "learned"])
+def test_a_gate_is_a_module(gate):
+    with pytest.raises(SpecError, match="a gate is a module"):
+        Mixture(["n c -> n", "n c -> c"], gate=gate)
+    with pytest.raises(SpecError, match="sizes="):
+        Mixture(["n gate -> n", "n gate -> gate"], gate=8)
+
+
+def test_options_of_the_presets():
+    x = torch.randn(2, 8, 3, 3)
+    for kind in MADE:
+        norm = MADE[kind](bias=False, activation="relu")
+        assert norm.bias is None
+        assert (norm(x) >= 0).all()
+        torch.testing.assert_close(norm(x), MADE[kind]()(x).relu())
 
 
 # --- over ranks

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flexnorm import Norm, Partition, ShapeError, SpecError, calibrate, given
+from flexnorm import Norm, Partition, ShapeError, SpecError, calibrate, explain, given
 from flexnorm.presets import (
     DemographicNorm,
     RegionNorm,
@@ -859,3 +859,25 @@ def test_bad_input_changes_nothing():
 def test_presets_are_norms():
     """`calibrate`, `given`, `explain` and converters know them."""
     assert all(isinstance(layer, Norm) for layer, _ in arguments().values())
+
+
+@pytest.mark.parametrize(("std", "mean"), [(0.1, 1e4), (1.0, 1e6), (2.0, 0.0)])
+@pytest.mark.parametrize("sizes", [[1, 6, 10], [17], [9, 8]])
+def test_a_spectrum_far_from_zero(std, mean, sizes):
+    """The level stands in one bin; its rounding must not reach the others. Bands without it: design 4.4 of float32."""
+    torch.manual_seed(0)
+    norm = SpectralGroupNorm(2, 2, sizes, affine=False)
+    x = (mean + std * torch.randn(3, 2, 32)).requires_grad_()
+    z, dy = x.detach().double().requires_grad_(), torch.randn(3, 2, 32)
+    y, expected = norm(x), copy.deepcopy(norm).double()(z)
+    assert (y.double() - expected).abs().max() <= 2e-6 * (1 + expected.abs().max())
+    got, want = torch.autograd.grad(y, x, dy)[0], torch.autograd.grad(expected, z, dy.double())[0]
+    assert (got.double() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_weighted_channels_are_explained_as_their_pattern():
+    norm = WeightedGroupNorm(2, 8)
+    said = explain(norm, torch.randn(2, 8, 3, 3))
+    assert said.pattern == "n (g c) ..., (g c) -> n g"
+    norm(torch.randn(2, 8, 3, 3))
+    assert not norm._masked

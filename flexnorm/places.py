@@ -1,0 +1,81 @@
+"""The places of a model, and what a layer hands on to the one that takes its place."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from .norm import Norm
+
+PARAMETERS = ("weight", "bias")
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def places(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every place of a model: who holds it, under which name, and what stands there."""
+    held = ((module, name, child) for module in model.modules() for name, child in module._modules.items())
+    return [(module, name, child) for module, name, child in held if child is not None]
+
+
+def put(model: nn.Module, successors: Mapping[int, nn.Module]) -> nn.Module:
+    """The model with successors, by the ids of what they follow, in all places; one in several places has one."""
+    for module, name, child in places(model):
+        if id(child) in successors:
+            module._modules[name] = successors[id(child)]
+    return successors.get(id(model), model)
+
+
+def placed(module: nn.Module) -> dict[str, Any]:
+    """Device and dtype of a layer, as options: those of its first floating tensor, and none without one."""
+    like = next((t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()), None)
+    return {} if like is None else {"device": like.device, "dtype": like.dtype}
+
+
+def hand_on(old: nn.Module, new: nn.Module) -> str:
+    """Parameters, running statistics, hooks and mode; and what became of the statistics."""
+    for name in PARAMETERS:
+        if name not in new._parameters:
+            continue
+        if parametrize.is_parametrized(old, name):
+            parametrize.register_parametrization(new, name, nn.Identity(), unsafe=True)
+            new.parametrizations[name] = old.parametrizations[name]  # type: ignore[operator, index]
+            continue
+        p, own = old._parameters.get(name), new._parameters[name]
+        if p is not None and own is not None and p.shape == own.shape:
+            new._parameters[name] = p
+    new.train(old.training)
+    take_place(old, new)
+    had, has = (getattr(layer, "running_mean", None) is not None for layer in (old, new))
+    if had and has and old.running_mean.shape == new.running_mean.shape:
+        for name in STATISTICS:
+            if old._buffers.get(name) is not None:
+                new._buffers[name] = old._buffers[name]
+        if isinstance(new, Norm):
+            new._evaluates_unseen = True  # as the layer before did
+        return "carried"
+    return "dropped" if had else "new" if has else ""
+
+
+def take_place(old: nn.Module, new: nn.Module) -> None:
+    """Gives a layer the hooks of the one before: the same tables, so that `handle.remove()` still finds them."""
+    for name, value in old.__dict__.items():
+        if "_hooks" in name or name == "_is_full_backward_hook":
+            new.__dict__[name] = value
+
+
+def rebind(new: nn.Module) -> None:
+    """Hooks that are called with their layer are called with this one."""
+    hooks: Any = new._load_state_dict_pre_hooks
+    for hook in hooks.values():
+        if getattr(hook, "with_module", False):
+            hook.module = weakref.ref(new)
+
+
+def give_up(old: nn.Module) -> None:
+    """Leaves a layer, whose tables of hooks another has now, without any."""
+    fresh = nn.Module().__dict__
+    old.__dict__.update({name: fresh[name] for name in old.__dict__ if name in fresh and "_hook" in name})
