@@ -21,7 +21,7 @@ from .errors import ShapeError, SpecError, as_int, nearest, say, shown
 from .inspection import NORMS, Report
 from .norm import Norm
 from .partition import whole
-from .places import PARAMETERS, give_up, hand_on, placed, put, rebind, take_place
+from .places import PARAMETERS, give_up, hand_on, placed, put, rebind, refresh, take_place
 from .probe import compared
 from .residual import last_norms
 from .successors import ChannelAffine as ChannelAffine
@@ -88,7 +88,7 @@ def convert(
             of the model. The model then runs as it is, in training or evaluation, without gradients, and once more with
             its new layers (before `zero_init`), for the report. Buffers, modes and random states are as before.
         dry_run: make the report only.
-        steps: every new layer comes in so many training steps: see `Transition` and `finish`.
+        steps: every new layer comes in so many steps of training: see `Transition`, `advance` and `finish`.
         zero_init: set the weight of the last norm in residual blocks to 0: True finds them, where torch.fx can trace
             them: the norm that ends the longer of two branches that are added. Otherwise names.
 
@@ -134,8 +134,8 @@ def convert(
     report = _reported(plan, changes, found, probed=probe is not None)
     if dry_run:
         return model, report
-    _without_fast_path(model, changes)
     model = put(model, {id(change.old): change.stand for change in changes})
+    refresh(model, [change.stand for change in changes])
     for change in changes:
         change.settle()
     return model, report
@@ -322,7 +322,7 @@ class _Change:
         if rule is not None:
             raise SpecError(say(rule, received=f"steps={steps}, {received}", instead="leave steps out"))
         self.stand = Transition(self.old, self.new, steps)
-        self.layer.note = f"over {steps} steps; {self.layer.note}".rstrip("; ")
+        self.layer.note = f"over {steps} steps of advance(model); {self.layer.note}".rstrip("; ")
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -439,17 +439,6 @@ def _indivisible(name: str, channels: int, received: str) -> ShapeError:
         f"one of {', '.join(map(str, divisors))}; groups={{{name!r}: {divisors[len(divisors) // 2]}}} for it alone"
     )
     return ShapeError(say(rule, received=f"{name}: {received}", instead=instead))
-
-
-def _without_fast_path(model: nn.Module, changes: Sequence[_Change]) -> None:
-    """torch's encoder computes LayerNorm itself in evaluation, from the weights of whatever stands there."""
-    other = {id(change.old) for change in changes if not isinstance(change.stand, nn.LayerNorm)}
-    for module in model.modules():
-        inner = {id(child) for part in module.modules() for child in part._modules.values()}
-        if isinstance(module, nn.TransformerEncoderLayer) and other & inner:
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder) and other & inner:
-            module.use_nested_tensor = False
 
 
 # --- the report ------------------------------------------------------------------------------------------------------

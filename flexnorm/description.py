@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .axes import solve
 from .functional import normalize
-from .inspection import PATTERNS, roles
+from .inspection import NORMS, PATTERNS, roles
 from .norm import Norm
 from .places import PARAMETERS, STATISTICS
 from .spec import Axis, Dots, Group, Spec
@@ -66,7 +69,7 @@ class UnitOffsetNorm(Norm):
 class Description:
     """What a norm computes.
 
-    kind: as `to` in `convert` names it.
+    kind: as `to` in `convert` names it; or "frozen", a batch norm that always goes by its running statistics.
     layout: where its channels are: "second", "last"; or "pixel", second and the only ones that are pooled.
     shape: of its weight, if it has one.
     """
@@ -79,6 +82,7 @@ class Description:
     rank: int | None = None  # axes of x, where the class says so
     activation: str | None = None
     offset: bool = False  # its weight is 1 + weight
+    tail: tuple[str, ...] = ()  # its own layers behind the norm, by their names
 
     @property
     def center(self) -> bool:
@@ -100,7 +104,7 @@ class Description:
             "layer": f"... {' '.join(axes_of(self.shape))} -> ...",
         }
         layouts = {"second": second, "pixel": {**second, "layer": "n c ... -> n ..."}, "last": last}
-        return layouts[self.layout][{"rms": "layer", "sync": "batch"}.get(kind, kind)]
+        return layouts[self.layout][{"rms": "layer", "sync": "batch", "frozen": "batch"}.get(kind, kind)]
 
 
 def axes_of(shape: Sequence[int]) -> list[str]:
@@ -114,6 +118,29 @@ def exact() -> set[type[nn.Module]]:
     from .sequences import TokenGroupNorm
 
     return TORCHS | {Norm, UnitOffsetNorm, SyncBatchNorm, ChannelGroupNorm, TokenGroupNorm}
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether a module may be a norm: by its class, or by its name, where no layer inside of it holds anything."""
+    if isinstance(module, NORMS):
+        return True
+    inside = (child for child in module.children() if any(True for _ in child.state_dict()))
+    return "norm" in class_name(module).lower() and not any(True for _ in inside)
+
+
+def class_name(module: Any) -> str:
+    """The name of its class; of a scripted module, of the class that was scripted."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(getattr(module, "original_name", type(module).__name__))
+    return parametrize.type_before_parametrizations(module).__name__
+
+
+def check_forward(module: nn.Module) -> None:
+    """Raises `KeptError` where what a layer is called with is more than its class says."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise KeptError("scripted")
+    if "forward" in module.__dict__:
+        raise KeptError("its forward was replaced")
 
 
 # --- by patterns -----------------------------------------------------------------------------------------------------
@@ -206,46 +233,91 @@ def _form(letters: str, at: list[int]) -> tuple[str, str, list[int]]:
 _ACTIVATIONS = (None, "relu", "silu", "gelu")
 
 
+_NOTHING = "computes nothing that flexnorm has a norm for"
+
+
 @torch.no_grad()
-def recognise(module: Any) -> Description | None:
+def recognise(module: Any, *, fused: bool = True) -> Description:
     """What a class of others computes, found by computing it in float64, with a weight and running statistics that a
-    mistake shows with, on inputs about 1 and about the square root of eps."""
-    weight = getattr(module, "weight", None)
+    mistake shows with, on inputs about 1 and about the square root of eps.
+
+    fused: of an activation that is a layer inside of it, say which one it is, if that has a name.
+
+    Raises `KeptError` where that is no norm that we know, or cannot be tried.
+    """
+    _check_call(module)
+    weight, mean = getattr(module, "weight", None), getattr(module, "running_mean", None)
+    tail = tuple(name for name, child in module.named_children() if not isinstance(child, nn.Identity))
     held = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    held = {name for name in held if name.split(".")[0] not in tail or name.startswith("parametrizations")} - OWN
+    if held:
+        raise KeptError(f"has {', '.join(sorted(held))}, which its successor would lose")
     eps = next((value for name in _EPS if isinstance(value := getattr(module, name, None), float)), None)
     plain = isinstance(module, nn.RMSNorm) and module.eps is None
-    sized = weight if weight is not None else getattr(module, "running_mean", None)
-    if held - OWN or (eps is None and not plain) or sized is None or sized.dim() != 1 or sized.is_meta:
-        return None
+    sized = weight if weight is not None else mean
+    if (eps is None and not plain) or not isinstance(sized, Tensor) or sized.dim() != 1 or not sized.numel():
+        raise KeptError(_NOTHING)
+    if sized.is_meta:
+        raise KeptError("meta: no values to try")
     channels, generator = sized.numel(), torch.Generator().manual_seed(0)
-    trial = copy.deepcopy(module).to("cpu", torch.float64)
     tried = torch.finfo(torch.float64).eps if plain else eps
     assert tried is not None
+    trial = _trial(module)
     draw = partial(torch.rand, channels, generator=generator, dtype=torch.float64)
-    for name, scale in {"weight": 1.0, "bias": 1.0, "running_mean": tried**0.5, "running_var": tried}.items():
+    values = {"weight": 2 + 4 * draw(), "bias": 8 * draw() - 4}  # past the 6 of relu6
+    values |= {"running_mean": (0.5 + draw()) * tried**0.5, "running_var": (0.5 + draw()) * tried}
+    for name, value in values.items():
         if getattr(trial, name, None) is not None:
-            getattr(trial, name).copy_((0.5 + draw()) * scale)
-    if isinstance(module, tuple(PATTERNS)):
-        base = describe(module)
-        sources = [base] + [replace(base, layout="pixel")] * (base.kind in ("layer", "rms"))
-    else:
-        sources = [
-            Description(kind, layout, (channels,), tried) for kind in ("rms", "layer") for layout in ("last", "pixel")
-        ]
-    for source in sources:
+            getattr(trial, name).copy_(value)
+    behind: list[tuple[str | None, tuple[str, ...]]] = [(name, ()) for name in _ACTIVATIONS]
+    behind[len(behind) if fused else 1 : 0] = [(None, tail)] * bool(tail)
+    for source in _sources(module, channels, tried):
         shape = (3, 5, channels) if source.layout == "last" else (3, channels, *(4,) * ((source.rank or 4) - 2))
         x = torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
-        inputs = [x, x * tried**0.5]
         for offset in (False, True) if weight is not None else (False,):
-            for activation in _ACTIVATIONS:
-                found = replace(source, eps=tried, offset=offset, activation=activation)
-                if _agree(trial, found, inputs):
+            for activation, rest in behind:
+                found = replace(source, eps=tried, offset=offset, activation=activation, tail=rest)
+                if _agree(trial, found, [x, x * tried**0.5]):
                     wide = sized.dtype if sized.dtype == torch.float64 else torch.float32
                     return replace(found, eps=torch.finfo(wide).eps if plain else tried)
-    return None
+    raise KeptError(_NOTHING)
 
 
 _EPS = ("eps", "variance_epsilon", "epsilon", "variance_eps")
+
+
+def _check_call(module: nn.Module) -> None:
+    check_forward(module)
+    if isinstance(module, Norm) and len(module._patterns()) > 1:
+        raise KeptError("a mixture")
+    if isinstance(module, Norm) and module._changes:
+        raise KeptError(module._changes)
+    first, *others = inspect.signature(module.forward).parameters.values()
+    others = [first, *others] if first.kind in (first.VAR_POSITIONAL, first.VAR_KEYWORD) else others
+    if others:
+        raise KeptError(f"its forward takes {', '.join(map(str, others))} beside x")
+
+
+def _trial(module: Any) -> Any:
+    """A copy that is tried. Hooks stay behind: they may belong to anything."""
+    tables = [value for m in module.modules() for name, value in m.__dict__.items() if "_hooks" in name]
+    try:
+        return copy.deepcopy(module, {id(table): OrderedDict[Any, Any]() for table in tables}).to("cpu", torch.float64)
+    except Exception as error:  # whatever a class of others holds
+        raise KeptError(f"cannot be copied, to be tried: {type(error).__name__}: {error}") from error
+
+
+def _sources(module: nn.Module, channels: int, eps: float) -> list[Description]:
+    """What it may be."""
+    tracks = isinstance(getattr(module, "running_mean", None), Tensor)
+    tracks = tracks and isinstance(getattr(module, "running_var", None), Tensor)
+    if isinstance(module, tuple(PATTERNS)):
+        base = describe(module)
+        found = [base] + [replace(base, layout="pixel")] * (base.kind in ("layer", "rms"))
+        return found + [replace(base, kind="frozen")] * (tracks and base.kind in ("batch", "sync"))
+    if tracks:
+        return [Description("frozen", "second", (channels,), eps)]
+    return [Description(kind, layout, (channels,), eps) for kind in ("rms", "layer") for layout in ("last", "pixel")]
 
 
 def _agree(trial: Any, source: Description, inputs: Sequence[Tensor]) -> bool:
@@ -262,15 +334,20 @@ def _agree(trial: Any, source: Description, inputs: Sequence[Tensor]) -> bool:
             running = None
             if mean is not None:  # before it moves on
                 running = Moments(torch.ones_like(mean), mean.clone(), trial.running_var.clone())
-            try:
-                theirs = trial.forward(x.clone())
-            except Exception:  # whatever a class of others raises, this is no input of it
-                return False
+            moments = running if not training or source.kind == "frozen" else None
+            pattern = source.pattern("batch" if moments is not None else source.kind)
+            with torch.random.fork_rng([]):
+                try:
+                    torch.manual_seed(0)
+                    theirs = trial.forward(x.clone())
+                    torch.manual_seed(0)
+                    ours = normalize(x, pattern, moments=moments, **options, **affine, **names)
+                    for name in source.tail:
+                        ours = trial.get_submodule(name)(ours)
+                except Exception:  # whatever a class of others raises, this is no input of it
+                    return False
             if not isinstance(theirs, Tensor) or theirs.shape != x.shape:
                 return False
-            moments = running if not training else None
-            pattern = source.pattern("batch" if moments is not None else source.kind)
-            ours = normalize(x, pattern, moments=moments, **options, **affine, **names)
             if not torch.allclose(theirs.double(), ours, rtol=1e-5, atol=1e-5):  # it may compute in float32
                 return False
     return True

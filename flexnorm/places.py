@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,37 @@ def put(model: nn.Module, successors: Mapping[int, nn.Module]) -> nn.Module:
         if id(child) in successors:
             module._modules[name] = successors[id(child)]
     return successors.get(id(model), model)
+
+
+def refresh(model: nn.Module, new: Sequence[nn.Module]) -> None:
+    """Tells what torch's containers remember of their parts, after `put` of these layers.
+
+    An encoder computes LayerNorm itself in evaluation, from the weights of whatever stands there, so it does so only
+    while a LayerNorm stands there. `DistributedDataParallel` keeps a list of all buffers.
+    """
+    ours = {id(layer) for layer in new}
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            _switch(module, "activation_relu_or_gelu", 0, [module], ours)
+        elif isinstance(module, nn.TransformerEncoder):
+            layers = [layer for layer in module.layers if isinstance(layer, nn.TransformerEncoderLayer)]
+            _switch(module, "use_nested_tensor", False, layers, ours)
+        elif isinstance(module, nn.parallel.DistributedDataParallel):
+            module._assign_modules_buffers()
+
+
+_BEFORE = "_fast_path_before_convert"
+
+
+def _switch(module: nn.Module, name: str, off: Any, layers: Sequence[Any], ours: set[int]) -> None:
+    """Turns a fast path off where other norms stand in the layers, and back to what it was when LayerNorms do."""
+    norms = [part for layer in layers for key, part in layer.named_children() if key in ("norm1", "norm2")]
+    others = [norm for norm in norms if parametrize.type_before_parametrizations(norm) is not nn.LayerNorm]
+    if not others and _BEFORE in module.__dict__:
+        setattr(module, name, module.__dict__.pop(_BEFORE))
+    elif not ours.isdisjoint(map(id, others)):
+        module.__dict__.setdefault(_BEFORE, getattr(module, name))
+        setattr(module, name, off)
 
 
 def placed(module: nn.Module) -> dict[str, Any]:

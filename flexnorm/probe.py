@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import random
+import sys
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +33,7 @@ def compared(
     watched: old and new layers, by names. successors: of all, by the ids of what they follow; None: the model does not
     run with them.
     """
+    _check_values(model, probe)
     at: list[str] = []
     found: dict[str, float] = {}
 
@@ -73,6 +78,27 @@ def compared(
     return found
 
 
+def _check_values(model: nn.Module, probe: Any) -> None:
+    """Raises where there is nothing to compute with."""
+    rule = None
+    for name, p in model.named_parameters():
+        if is_lazy(p):
+            rule, instead = (
+                "a probe needs parameters that have their shapes",
+                "one call of the model first; or no probe",
+            )
+        elif p.is_meta:
+            rule, instead = (
+                "a probe needs values, and meta tensors have none",
+                "no probe; or model.to_empty(...), filled",
+            )
+        if rule is not None:
+            raise SpecError(say(rule, received=f"{name}: {type(p).__name__} on {p.device}", instead=instead))
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(probe)):
+        rule = "a probe needs values, and meta tensors have none"
+        raise SpecError(say(rule, received="probe= with a tensor on meta", instead="torch.randn(...) on the CPU"))
+
+
 def arguments_of(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a model is called with where x is a tensor, its shape, a tuple of arguments or a dict of keywords."""
     if isinstance(x, Mapping):
@@ -92,28 +118,56 @@ def _called(model: nn.Module, probe: Any) -> Any:
 
 @contextmanager
 def undisturbed(model: nn.Module, beside: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """Within, the model may run: buffers, modes, random states are as before at the end, of layers beside it, too.
+    """Within, the model may run: buffers, attributes, modes, and the random states of torch, numpy and Python are as
+    before at the end, of layers beside it, too. Parameters are not looked after.
 
     Torch takes no fast path, which calls no norm, or on nested tensors.
     """
     modules = {part for module in (model, *beside) for part in module.modules()}
-    tensors = [(m, name, t, _copied(t)) for m in modules for name, t in m._buffers.items() if t is not None]
-    modes = [(module, module.training) for module in modules]
+    tensors = [(t, _copied(t)) for m in modules for t in m._buffers.values() if t is not None]
+    held = [_Held(module) for module in modules]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     fast = torch.backends.mha.get_fastpath_enabled()
+    of_python, numpy = random.getstate(), sys.modules.get("numpy")
+    of_numpy = None if numpy is None else numpy.random.get_state()
     with torch.random.fork_rng(devices):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-            for module, mode in modes:
-                module.training = mode
-            for module, name, buffer, value in tensors:
-                module._buffers[name] = buffer
+            random.setstate(of_python)
+            if numpy is not None:
+                numpy.random.set_state(of_numpy)
+            for one in held:
+                one.restore()
+            for buffer, value in tensors:
                 # one that is expanded takes no values, and mostly needs none
                 if value is not None and not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+_CONTAINERS = (dict, OrderedDict, defaultdict, set, list, deque)
+
+
+class _Held:
+    """The attributes of a module, and what is in those that are lists, dicts or sets."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        scripted = isinstance(module, torch.jit.ScriptModule)  # of C++, its tables are views
+        self.attributes = {"training": module.training} if scripted else dict(module.__dict__)
+        self.contents = [(v, copy.copy(v)) for v in self.attributes.values() if type(v) in _CONTAINERS]
+
+    def restore(self) -> None:
+        if isinstance(self.module, torch.jit.ScriptModule):
+            self.module.training = self.attributes["training"]
+            return
+        self.module.__dict__.clear()
+        self.module.__dict__.update(self.attributes)
+        for value, content in self.contents:
+            value.clear()
+            (value.update if hasattr(value, "update") else value.extend)(content)
 
 
 def _copied(t: Tensor) -> Tensor | None:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from .errors import SpecError, say, shown
 from .norm import Norm
 from .partition import whole
-from .places import put, rebind, take_place
+from .places import put, rebind, refresh, take_place
 
-__all__ = ["Transition", "finish"]
+__all__ = ["Transition", "advance", "finish"]
 
 
 class Transition(nn.Module):
@@ -20,14 +20,16 @@ class Transition(nn.Module):
 
     y = (1 - a) * old(x) + a * new(x),   a = min(step / steps, 1)
 
+    Nothing but `advance` moves the step. Between two calls of it the blend is one function, so gradients are right
+    whatever is computed again in backward, in any order: by activation checkpointing, by `torch.compile`, in pipelines.
+
     Args:
         old: the layer that was there.
         new: the one to come. It has buffers of its own; parameters may be those of `old`, as `convert` leaves them.
-        steps: number of forward passes in training until `new` is alone.
+        steps: number of steps of training until `new` is alone.
 
     Attributes:
-        step: how many there were: a buffer, so that training resumes where it was. Evaluation does not move it, and no
-            more does what activation checkpointing computes again, which has the blend of the pass before.
+        step: how many there were: a buffer, so that training resumes where it was.
 
     Shapes: x, and whatever else the new layer is called with: a mask, labels. Norms of torch are called with x alone.
 
@@ -36,9 +38,12 @@ class Transition(nn.Module):
 
     >>> blend = Transition(nn.BatchNorm1d(4), nn.GroupNorm(2, 4), steps=2)
     >>> x = torch.randn(8, 4)
-    >>> [torch.equal(blend(x), blend.old(x)), blend.share.item()]
-    [True, 0.5]
-    >>> y = blend(x)
+    >>> torch.equal(blend(x), blend.old(x))
+    True
+    >>> advance(blend)
+    >>> blend.share
+    tensor(0.5000)
+    >>> advance(blend)
     >>> torch.equal(blend(x), blend.new(x))
     True
 
@@ -62,27 +67,52 @@ class Transition(nn.Module):
 
     @property
     def share(self) -> Tensor:
-        """The weight of the new layer, from 0 to 1: a of the next pass."""
-        return self._share(self.step)
+        """The weight of the new layer, from 0 to 1: a."""
+        return self._share(torch.float32)
 
-    def _share(self, step: Tensor) -> Tensor:
-        return (step.clamp(0, self.steps) / self.steps).to(torch.float32)
+    def _share(self, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        return (self.step.clamp(0, self.steps).to(wide) / self.steps).to(dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Both norms of x, blended."""
-        again = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        share = self._share(self.step - 1 if again and self.training else self.step)
         new: Tensor = self.new(x, *args, **kwargs)
         alone = type(self.old).__module__.startswith("torch.nn.") and not isinstance(self.old, Norm)
         old: Tensor = self.old(x) if alone else self.old(x, *args, **kwargs)
-        if self.training and not again:
-            self.step.add_(1)
-        share = share.to(new.real.dtype)
+        share = self._share(new.real.dtype)
         return (1 - share) * old.to(new.dtype) + share * new
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"steps={self.steps}"
+
+
+@torch.no_grad()
+def advance(model: nn.Module) -> None:
+    """Moves all transitions of a model by one step. Call it after every step of the optimizer.
+
+    Args:
+        model: or a wrapper of it: compiled, distributed. Without transitions, as after `finish`, nothing happens.
+
+    Raises:
+        SpecError: model is no module.
+
+    >>> model = nn.Sequential(Transition(nn.BatchNorm1d(4), nn.GroupNorm(2, 4), steps=1000))
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    >>> model(torch.randn(8, 4)).sum().backward()
+    >>> optimizer.step()
+    >>> advance(model)
+    >>> model[0].step
+    tensor(1)
+
+    Where the loop is another's: `optimizer.register_step_post_hook(lambda *_: advance(model))`.
+    """
+    if not isinstance(model, nn.Module):
+        received, instead = f"model={shown(model)}", "advance(model)"
+        raise SpecError(say("what advances is a model with transitions", received=received, instead=instead))
+    for module in model.modules():
+        if isinstance(module, Transition):
+            module.step.add_(1)
 
 
 def finish(model: nn.Module, *, early: bool = False) -> nn.Module:
@@ -99,7 +129,7 @@ def finish(model: nn.Module, *, early: bool = False) -> nn.Module:
         SpecError: there is no transition, or steps of one are left. Nothing is changed then.
 
     >>> model = nn.Sequential(Transition(nn.BatchNorm1d(4), nn.GroupNorm(2, 4), steps=1))
-    >>> y = model(torch.randn(8, 4))
+    >>> advance(model)
     >>> finish(model)
     Sequential(
       (0): GroupNorm(2, 4, eps=1e-05, affine=True)
@@ -112,10 +142,12 @@ def finish(model: nn.Module, *, early: bool = False) -> nn.Module:
     for name, module in found.items():
         if not early and int(module.step) < module.steps:
             received = f"{name or 'the model'}: {int(module.step)} of {module.steps} steps"
-            instead = "further training; finish(model, early=True) for a jump"
+            instead = "advance(model) after every step of the optimizer; finish(model, early=True) for a jump"
             raise SpecError(say("a transition is over after its steps", received=received, instead=instead))
     for module in found.values():
         take_place(module, module.new)
         rebind(module.new)
         module.new.train(module.training)
-    return put(model, {id(module): module.new for module in found.values()})
+    model = put(model, {id(module): module.new for module in found.values()})
+    refresh(model, [module.new for module in found.values()])
+    return model

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from flexnorm import Norm, Partition, ShapeError, moments, normalize
 from flexnorm.conversion import SyncBatchNorm, convert_sync_batchnorm
 from flexnorm.mixtures import Mixture
+from flexnorm.presets import DemographicNorm
 
 SECONDS = 120  # more than any function takes, so that ranks that wait for each other end as an error
 
@@ -142,6 +143,16 @@ def mixed(rank, world, patterns, x, mask, dy, cut, sizes, options, fails=None):
     grads = torch.autograd.grad(y, [x, *norm.gate.parameters()], dy)
     running = [t.clone() for t in norm.running.state_dict().values()]
     return y.detach(), grads, running, norm.eval()(x, mask).detach()
+
+
+def demographic(rank, world, x, group, dy, sizes, options):
+    torch.manual_seed(0)
+    norm = DemographicNorm(x.shape[1], 4, dtype=torch.float64, **options)
+    x, group, dy = (part(t, 0, sizes, rank) for t in (x, group, dy))
+    x = x.clone().requires_grad_()
+    y = norm(x, group)
+    grads = torch.autograd.grad(y, [x, *norm.parameters()], dy)
+    return y.detach(), grads, [t.clone() for t in norm.buffers()], norm.eval()(x, group).detach()
 
 
 def _sharded(x, dim=0):

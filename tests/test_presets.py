@@ -5,6 +5,7 @@ import io
 import pickle
 
 import numpy as np
+import on_ranks
 import oracle
 import pytest
 import torch
@@ -881,3 +882,22 @@ def test_weighted_channels_are_explained_as_their_pattern():
     assert said.pattern == "n (g c) ..., (g c) -> n g"
     norm(torch.randn(2, 8, 3, 3))
     assert not norm._masked
+
+
+def test_people_on_several_ranks():
+    """In float64, to the rounding of sums in another order. A group of two has its members on two ranks."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 12, 3, dtype=torch.float64).unbind()
+    group = torch.tensor([0, 0, 1, -1, 2, 0, 1, 2, 0, 1, 1, -1])
+    processes = on_ranks.Processes(2)
+    results = processes.run(on_ranks.demographic, 3 * x + 5, group, dy, [5, 7], {"sharded": "n"})
+    processes.close()
+    y, (dx, *others), buffers, evaluated = on_ranks.demographic(0, 1, 3 * x + 5, group, dy, [12], {})
+    for place, whole in ((0, y), (3, evaluated)):
+        torch.testing.assert_close(torch.cat([r[place] for r in results]), whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.cat([r[1][0] for r in results]), dx, rtol=1e-8, atol=1e-8)
+    for k, gradient in enumerate(others):
+        torch.testing.assert_close(sum(r[1][k + 1] for r in results), gradient, rtol=1e-9, atol=1e-9)
+    for result in results:
+        for got, want in zip(result[2], buffers, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
