@@ -26,17 +26,27 @@ class Alternatives(NamedTuple):
 
     Attributes:
         moments: of shape (*sets, K): the axes of the finest sets in the order of x, labels behind them; and K patterns.
-        noise: relative standard deviation that each of these variances has for independent normal elements,
-            sqrt(2 / count); 0 for running statistics. Of weights their sum counts, as if 1 were an element.
         known: which moments are some: those of two elements or more (of weights, which do not count elements, those
             with a variance), unless no pattern has them.
+        running: of each pattern, whether these are running statistics.
         eps: that of the norm.
     """
 
     moments: Moments
-    noise: Tensor
     known: Tensor
+    running: tuple[bool, ...]
     eps: float
+
+    @property
+    def noise(self) -> Tensor:
+        """Relative standard deviation that each variance has for independent normal elements, (*sets, K).
+
+        sqrt(2 / count); 0 for running statistics. Of weights their sum counts, as if 1 were an element.
+        """
+        noise = (2 / self.moments.count.to(self.moments.m2.dtype).clamp(min=1)).sqrt()
+        if not any(self.running):
+            return noise
+        return torch.stack([0 * t if runs else t for t, runs in zip(noise.unbind(-1), self.running, strict=True)], -1)
 
     def features(self) -> Tensor:
         """Three numbers for each pattern, (*sets, K, 3), that change with no gain and no offset of x, but for eps.
@@ -387,7 +397,8 @@ class Mixture(Norm):
         for k in range(len(self._coarser)):
             norm = self._running_of(k)
             if norm is not None and not norm.training:
-                larger.append(norm._running().rounded(own.m2.dtype))
+                m = norm._running().rounded(own.m2.dtype)  # with the count of two elements, as they are known
+                larger.append(Moments(m.count.to(own.count.dtype) * 2, m.mean, m.m2 * 2, m.low))
             else:
                 larger.append(self._larger(k, own, partitions))
         return larger
@@ -434,21 +445,18 @@ class Mixture(Norm):
         self, own: Moments, larger: Sequence[Moments], partitions: Mapping[str, Partition]
     ) -> Alternatives:
         """The moments of all patterns, for every set of the finest."""
-        every, noise, known = [], [], []
+        every, running = [], []
         for k, (pattern, read, sizes) in enumerate(self._coarser):
-            norm, labels = self._running_of(k), {name: partitions[name] for name in read}
-            evaluates = norm is not None and not norm.training
-            same = self._specs[k].sets == self._spec.sets
-            m = larger[k] if same else larger[k].refine(pattern, own.mean.shape, sizes=sizes, **labels)
-            count = m.count.to(own.m2.dtype)
-            noise.append(torch.zeros_like(count) if evaluates else (2 / count.clamp(min=1)).sqrt())
-            weighted = own.count.is_floating_point() and not evaluates
-            known.append((m.count > 0) & (m.m2 > 0) if weighted else m.count > (0 if evaluates else 1))
-            every.append(Moments(count, m.mean, m.m2, m.low))
+            norm, m = self._running_of(k), larger[k]
+            running.append(norm is not None and not norm.training)
+            if self._specs[k].sets != self._spec.sets:
+                labels = {name: partitions[name] for name in read}
+                m = m.refine(pattern, own.mean.shape, sizes=sizes, **labels)
+            every.append(m)
         moments = each(lambda *fields: torch.stack(fields, -1), *every)
-        some = torch.stack(known, -1)
-        some = some | (~some.any(-1, keepdim=True) & (moments.count > 0))
-        return Alternatives(moments, torch.stack(noise, -1), some, self.eps)
+        some = moments.count > 0
+        known = some & (moments.m2 > 0) if own.count.is_floating_point() else moments.count > 1
+        return Alternatives(moments, known | (some & ~known.any(-1, keepdim=True)), tuple(running), self.eps)
 
     def _mixed(self, seen: Alternatives) -> Moments:
         said = self.gate(seen)
