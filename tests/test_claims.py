@@ -111,7 +111,7 @@ def test_the_page_has_every_section_in_order():
 def test_the_head_counts_and_links():
     texts = [made(title=f"Title {v}", verdict=v).markdown("x.py") for v in (claim.HOLDS, claim.FAILS, claim.HOLDS)]
     page = collect.page(texts)
-    assert "Of 3 claims: 2 holds, 0 holds in part, 1 does not hold." in page
+    assert "Of 3 claims 2 hold, 0 hold in part, 1 does not hold." in page
     assert "| [Title does not hold](#title-does-not-hold) | does not hold |" in page
 
 
