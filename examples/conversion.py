@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from flexnorm import convert, recommend
-from flexnorm.transition import finish
+from flexnorm.transition import advance, finish
 
 torch.set_num_threads(1)
 digits = load_digits()
@@ -48,6 +48,7 @@ def trained(model, seen, batch, updates, lr):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        advance(model)  # one step of the transitions, if there are any
     return model
 
 

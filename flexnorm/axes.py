@@ -125,7 +125,7 @@ def _split(spec: Spec, group: Group, size: int, known: dict[str, int], received:
     if len(unknown) > 1:
         first = unknown[0].name
         some = [
-            d for d in _divisors(size) if d <= max(1, min(32, size // 4))
+            d for d in divisors(size) if d <= max(1, min(32, size // 4))
         ]  # of channels: what GroupNorm usually takes
         typed = keyword(first, some[-1] if some else 1, "sizes")
         raise ShapeError(
@@ -134,7 +134,7 @@ def _split(spec: Spec, group: Group, size: int, known: dict[str, int], received:
                 *unknown,
                 received=f"{received}{'; ' if told else ''}{told}; "
                 f"not known: {', '.join(axis.name for axis in unknown)}",
-                instead=f"{typed}; the divisors of {size} are {_listed(_divisors(size))}",
+                instead=f"{typed}; the divisors of {size} are {_listed(divisors(size))}",
             )
         )
     if not unknown:
@@ -154,7 +154,7 @@ def _split(spec: Spec, group: Group, size: int, known: dict[str, int], received:
                 f"{group} has size {size}, which is not divisible by {product}",
                 group,
                 received=f"{received}; {told or group}",
-                instead=f"one of the divisors of {size}: {_listed(_divisors(size))}" if size else "sizes above 0",
+                instead=f"one of the divisors of {size}: {_listed(divisors(size))}" if size else "sizes above 0",
             )
         )
     known[unknown[0].name] = size // product
@@ -235,7 +235,8 @@ def _bound(spec: Spec, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...
     return Axes(spec, shape, tuple(names), tuple(result), tuple(dotted))
 
 
-def _divisors(size: int) -> list[int]:
+def divisors(size: int) -> list[int]:
+    """The numbers that divide it, in order."""
     small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
     return small + [size // d for d in reversed(small) if d * d != size]
 

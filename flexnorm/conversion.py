@@ -15,17 +15,29 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from .description import OWN, Description, KeptError, describe, exact, recognise
+from .axes import divisors
+from .description import (
+    OWN,
+    Description,
+    KeptError,
+    check_forward,
+    class_name,
+    describe,
+    exact,
+    is_candidate,
+    recognise,
+)
 from .description import UnitOffsetNorm as UnitOffsetNorm
 from .errors import ShapeError, SpecError, as_int, nearest, say, shown
 from .inspection import NORMS, Report
 from .norm import Norm
 from .partition import whole
-from .places import PARAMETERS, give_up, hand_on, placed, put, rebind, refresh, take_place
+from .places import PARAMETERS, STATISTICS, give_up, hand_on, placed, put, rebind, refresh, set_on, take_place
 from .probe import compared
 from .residual import last_norms
 from .successors import ChannelAffine as ChannelAffine
-from .successors import folded, of_flexnorm, of_torch
+from .successors import NormAct as NormAct
+from .successors import folded, followed, of_flexnorm, of_torch
 from .synchronized import SyncBatchNorm as SyncBatchNorm
 from .synchronized import convert_sync_batchnorm as convert_sync_batchnorm
 from .transition import Transition
@@ -86,18 +98,21 @@ def convert(
         where: which layers may change: names, types, functions of name and layer, or a list of these.
         probe: what the model is called with: a tensor, a shape, a tuple of arguments, a dict of keywords; or a function
             of the model. The model then runs as it is, in training or evaluation, without gradients, and once more with
-            its new layers (before `zero_init`), for the report. Buffers, modes and random states are as before.
+            its new layers (before `zero_init`), for the report. Buffers, attributes, modes and random states (torch's,
+            numpy's and Python's) are as before.
         dry_run: make the report only.
         steps: every new layer comes in so many steps of training: see `Transition`, `advance` and `finish`.
-        zero_init: set the weight of the last norm in residual blocks to 0: True finds them, where torch.fx can trace
-            them: the norm that ends the longer of two branches that are added. Otherwise names.
+        zero_init: set the weight of the last norm in residual blocks to 0, of layers that are what they become already,
+            too. True finds them, where torch.fx can trace them: the norm that ends the longer of two branches that are
+            added, where the other is the block's input, through one convolution and norm at most. Norms that end other
+            branches are left alone, and the report says why. Otherwise names.
 
     Returns:
         The model, and what became of each of its norms.
 
     Raises:
         SpecError: no norm can be converted, a class that was named is no norm that we know, an argument means nothing,
-            the probe does not fit. Nothing is changed then.
+            the probe does not fit or has no values, a weight that changes cannot be written. Nothing is changed then.
         ShapeError: groups do not divide the channels of a layer.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 30, 3), nn.BatchNorm2d(30))
@@ -114,11 +129,12 @@ def convert(
     Differs from Opacus' `ModuleValidator.fix`, which makes new weights; and from `nn.SyncBatchNorm` conversions, which
     take any subclass.
     """
+    _check_options(dry_run, zero_init)
     plan = _Plan(model, to, where)
     count = _counter(groups, channels_per_group, plan)
     changes = [change for layer in plan.layers if (change := _change(plan, layer, count)) is not None]
-    if not changes:
-        kept = Counter(f"{layer.cls.__name__}: {layer.note}" for layer in plan.layers).most_common(4)
+    if not changes and (zero_init is False or steps is not None):
+        kept = Counter(f"{class_name(layer.module)}: {layer.note}" for layer in plan.layers).most_common(4)
         said = "; ".join(f"{number} {what}" for what, number in kept)
         received = f"{type(model).__name__}, with {said or 'no norm at all'}"
         instead = "a model with norms; to={TheClass: ...} for classes of others"
@@ -129,16 +145,30 @@ def convert(
     if steps is not None:
         for change in changes:
             change.blend(whole(steps, "steps", 1), zero_init)
-    _mark_zeros(model, plan, changes, zero_init)
+    zeros, untraced = _marked_zeros(model, plan, changes, zero_init)
+    for change in changes:
+        change.check()
     found = {} if probe is None else _compared(model, changes, probe)
-    report = _reported(plan, changes, found, probed=probe is not None)
+    report = _reported(plan, changes, found, untraced, probed=probe is not None)
     if dry_run:
         return model, report
     model = put(model, {id(change.old): change.stand for change in changes})
     refresh(model, [change.stand for change in changes])
     for change in changes:
         change.settle()
+    for layer in zeros:
+        _make_zero(layer.module)
     return model, report
+
+
+def _check_options(dry_run: Any, zero_init: Any) -> None:
+    if not isinstance(dry_run, bool):
+        received, instead = f"dry_run={shown(dry_run)}", "dry_run=True, for the report alone"
+        raise SpecError(say("dry_run is True or False", received=received, instead=instead))
+    named = isinstance(zero_init, (list, tuple, set)) and all(isinstance(name, str) for name in zero_init)
+    if not (isinstance(zero_init, (bool, str)) or named):
+        rule, received = "zero_init is True, False or names of norms", f"zero_init={shown(zero_init)}"
+        raise SpecError(say(rule, received=received, instead='True; "layer*.bn2"'))
 
 
 # --- what there is to convert ----------------------------------------------------------------------------------------
@@ -152,7 +182,12 @@ class _Layer:
 
     module: nn.Module
     names: list[str]
+    inside: str = ""  # the class of what calls it by parts, not as a layer
+    hints: dict[type[nn.Module], str] = field(default_factory=dict)  # of classes of others, for the whole model
     note: str = ""
+    notes: list[str] = field(default_factory=list)
+    meant: bool = False  # to become something; it may be it already
+    zero: bool = False
 
     @property
     def name(self) -> str:
@@ -177,17 +212,26 @@ class _Plan:
         told = [key for key, _ in self.rules]
         found: dict[int, _Layer] = {}
         inside: list[str] = []  # of norms that are made of others
+        fused: dict[str, str] = {}  # what computes with the weights of its parts
+        hints: dict[type[nn.Module], str] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, Transition):
                 received, instead = f"{name or 'the model'}: {shown(type(module).__name__)}", "finish(model) first"
                 raise SpecError(say("a transition ends before another begins", received=received, instead=instead))
             if "parametrizations" in name.split(".") or any(name.startswith(f"{outer}.") for outer in inside):
                 continue
-            if type(module).__module__.startswith("flexnorm.") and any(True for _ in module.children()):
+            made = type(module).__module__
+            if made.startswith("torch.ao.nn.intrinsic."):
+                fused[name] = type(module).__name__
+            within = next((cls for outer, cls in fused.items() if name.startswith(f"{outer}." if outer else "")), "")
+            composed = made.startswith("flexnorm.") and any(True for _ in module.children())
+            if composed and not isinstance(module, NormAct):
                 inside.append(name)
-            elif _is_candidate(module) or name in told or type(module) in told:
-                found.setdefault(id(module), _Layer(module, [])).names.append(name)
+            if is_candidate(module) or name in told or type(module) in told:
+                layer = found.setdefault(id(module), _Layer(module, [], within, hints))
+                layer.names.append(name)
         self.layers = list(found.values())
+        self.names = {name for layer in self.layers for name in layer.names}
         self.where = None if where is None else list(where) if isinstance(where, (list, tuple, set)) else [where]
         for one in self.where or []:
             if not isinstance(one, str) and not callable(one):
@@ -201,7 +245,7 @@ class _Plan:
         """Raises where a pattern of names is that of no norm."""
         names = [name for layer in self.layers for name in layer.names]
         for pattern in patterns:
-            if isinstance(pattern, str) and not any(fnmatchcase(name, pattern) for name in names):
+            if isinstance(pattern, str) and not any(self.fits(name, pattern) for name in names):
                 near = nearest(pattern, names)
                 rule, received = f"names in {what}= are those of norms in the model", f"{pattern!r}, which none has"
                 some = f"one of {', '.join(map(repr, names[:6]))}" if names else "a model with norms"
@@ -209,26 +253,35 @@ class _Plan:
 
     def rule(self, layer: _Layer) -> tuple[_Target, bool]:
         """What the layer is to become, and whether its class, or the layer itself, was named for it."""
-        if self.where is not None and not any(_chosen(one, layer) for one in self.where):
+        if self.where is not None and not any(_chosen(self, one, layer) for one in self.where):
             raise KeptError("left out by where=")
-        plain = layer.cls in exact()
-        for key, target in self.rules:
-            if key is None:
-                return target, False
-            if isinstance(key, str):
-                if any(fnmatchcase(name, key) for name in layer.names):
-                    return target, True
-            elif key is layer.cls or (plain and isinstance(layer.module, key)):
-                return target, key is layer.cls
+        fits = {name: self.rule_of(name, layer) for name in layer.names}
+        first = min((place for place in fits.values() if place is not None), default=None)
+        if first is not None:
+            key, target = self.rules[first]
+            other = next((place for place in fits.values() if place not in (None, first)), None)
+            if other is not None and self.rules[other][1] is not target:
+                layer.notes.append(f"the rule of {shown(key)}, before that of {shown(self.rules[other][0])}")
+            return target, isinstance(key, str) or (key is not None and key is layer.cls)
         if any(isinstance(key, type) and isinstance(layer.module, key) for key, _ in self.rules):
             raise KeptError(_subclass(layer))
         raise KeptError("no rule for it in to=")
 
+    def fits(self, name: str, pattern: str) -> bool:
+        """Whether a name fits a pattern; what is the name of a layer, brackets and all, fits no other."""
+        return name == pattern if pattern in self.names else fnmatchcase(name, pattern)
 
-def _is_candidate(module: nn.Module) -> bool:
-    if isinstance(module, NORMS):
-        return True
-    return "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+    def rule_of(self, name: str, layer: _Layer) -> int | None:
+        """The place of the first rule that fits a layer under this name."""
+        plain = layer.cls in exact()
+        for place, (key, _) in enumerate(self.rules):
+            if isinstance(key, str):
+                fits = self.fits(name, key)
+            else:
+                fits = key is None or key is layer.cls or (plain and isinstance(layer.module, key))
+            if fits:
+                return place
+        return None
 
 
 def _check_target(key: Any, target: Any) -> None:
@@ -245,18 +298,31 @@ def _check_target(key: Any, target: Any) -> None:
         raise SpecError(say(rule, received=f"to={shown(target)}", instead=instead))
 
 
-def _chosen(one: Any, layer: _Layer) -> bool:
+def _chosen(plan: _Plan, one: Any, layer: _Layer) -> bool:
     if isinstance(one, str):
-        return any(fnmatchcase(name, one) for name in layer.names)
+        return any(plan.fits(name, one) for name in layer.names)
     if isinstance(one, type):
         return isinstance(layer.module, one)
     return any(one(name, layer.module) for name in layer.names)
 
 
 def _subclass(layer: _Layer) -> str:
-    known = isinstance(layer.module, NORMS)
-    kind = "a subclass, which may compute something else" if known else "no norm of torch or flexnorm"
-    return f"{kind}; to={{{layer.cls.__name__}: ...}} converts it"
+    """Why a class of others is kept, and whether naming it would convert it."""
+    check_forward(layer.module)
+    if layer.cls not in layer.hints:
+        known, ours = isinstance(layer.module, NORMS), layer.cls.__module__.startswith("flexnorm.")
+        kind = "a subclass, which may compute something else" if known else "no norm of torch or flexnorm"
+        try:
+            recognise(layer.module)
+            layer.hints[layer.cls] = f"{kind}; to={{{_named(layer.cls)}: ...}} converts it"
+        except KeptError as reason:
+            layer.hints[layer.cls] = str(reason) if ours else f"{kind}; {reason}"
+    return layer.hints[layer.cls]
+
+
+def _named(cls: type[nn.Module]) -> str:
+    """The name of a class, with its module where torch has one of the same name."""
+    return f"{cls.__module__}.{cls.__name__}" if hasattr(nn, cls.__name__) else cls.__name__
 
 
 def _source(layer: _Layer, named: bool, target: str) -> Description:
@@ -266,15 +332,15 @@ def _source(layer: _Layer, named: bool, target: str) -> Description:
         sought = target == "rms" and ("rmsnorm" in cls.__name__.lower() or cls.__name__ == "T5LayerNorm")
         if not named and not sought:
             raise KeptError(_subclass(layer))
-        found = recognise(module)
-        if found is not None:
-            return found
-        if not named:
-            raise KeptError("computes nothing that flexnorm has a norm for")
-        rule = "a class of others is converted where it computes batch, layer, group or RMS norm"
-        instead = f"to={{{cls.__name__}: lambda name, norm: ...}} for what takes its place, or leave it out"
-        received = f"{layer.name or 'the model'}: {cls.__name__}, which computes something else"
-        raise SpecError(say(rule, received=received, instead=instead))
+        try:
+            return recognise(module, fused=target not in ("affine", "sync", "torch"))
+        except KeptError as reason:
+            if not named:
+                raise
+            rule = "what computes something else than batch, layer, group or RMS norm of x is not converted by name"
+            instead = f"to={{{_named(cls)}: lambda name, norm: ...}} for what takes its place, or leave it out"
+            received = f"{layer.name or 'the model'}: {_named(cls)}: {reason}"
+            raise SpecError(say(rule, received=received, instead=instead)) from None
     held = {name for name, _ in module.named_parameters(recurse=False)}
     held |= {name for name, _ in module.named_buffers(recurse=False)}
     held |= {name for name, _ in module.named_children()} - {"parametrizations"}
@@ -296,7 +362,6 @@ class _Change:
     stand: nn.Module  # what takes the place: the new layer, or a transition to it
     statistics: str = ""
     whole: bool = True  # the old layer is gone, and no part of the new one
-    zero: bool = False
 
     @property
     def old(self) -> nn.Module:
@@ -308,7 +373,12 @@ class _Change:
 
     @property
     def groups(self) -> str:
-        return str(getattr(self.new, "num_groups", ""))
+        return str(getattr(self.norm, "num_groups", ""))
+
+    @property
+    def norm(self) -> nn.Module:
+        """The new layer, without what stands behind it."""
+        return self.new.norm if isinstance(self.new, NormAct) else self.new
 
     def blend(self, steps: int, zero_init: Any) -> None:
         """Has the new layer come in steps."""
@@ -324,6 +394,13 @@ class _Change:
         self.stand = Transition(self.old, self.new, steps)
         self.layer.note = f"over {steps} steps of advance(model); {self.layer.note}".rstrip("; ")
 
+    def check(self) -> None:
+        """Raises where `settle` could not write."""
+        for name in PARAMETERS if self.folded else ("weight",) if self.layer.zero else ():
+            p = self.old._parameters.get(name) if self.folded else self.norm._parameters[name]
+            if p is not None:
+                _check_writable(self.layer, name, p)
+
     @torch.no_grad()
     def settle(self) -> None:
         """What changes tensors and hooks of the model; the rest is done, so nothing of this fails."""
@@ -333,14 +410,12 @@ class _Change:
             give_up(self.new)
         rebind(self.stand)
         for name in PARAMETERS if self.folded else ():
-            p, mine = self.old._parameters.get(name), self.new._parameters[name]
+            p, mine = self.old._parameters.get(name), self.norm._parameters[name]
             if p is not None and mine is not None:
                 p.copy_(mine)
-                self.new._parameters[name] = p
-        if self.zero:
-            self.new.get_parameter("weight").zero_()
-            if hasattr(self.new, "zero_init"):
-                self.new.__dict__["zero_init"] = True
+                self.norm._parameters[name] = p
+        if self.layer.zero:
+            _make_zero(self.norm)
 
 
 def _change(plan: _Plan, layer: _Layer, count: Callable[[_Layer, int, int | None], int]) -> _Change | None:
@@ -349,6 +424,11 @@ def _change(plan: _Plan, layer: _Layer, count: Callable[[_Layer, int, int | None
         target, named = plan.rule(layer)
         if target is None:
             raise KeptError("kept by to=")
+        if layer.inside:
+            raise KeptError(f"part of {layer.inside}, which computes with it by itself")
+        if not (named and callable(target)):
+            check_forward(layer.module)
+        layer.meant = True
         if isinstance(layer.module, LazyModuleMixin) and layer.module.has_uninitialized_params():
             rule, instead = "a lazy norm gets its channels at the first call", "one call of the model first"
             received = f"{layer.name or 'the model'}: {layer.cls.__name__}"
@@ -365,8 +445,43 @@ def _change(plan: _Plan, layer: _Layer, count: Callable[[_Layer, int, int | None
     except KeptError as reason:
         layer.note = str(reason)
         return None
-    statistics = "folded" if target == "affine" else hand_on(layer.module, new)
-    return _Change(layer, target, new, new, statistics)
+    new = followed(source, layer.module, new)
+    statistics = _handed_on(layer.module, new, folded=target == "affine")
+    change = _Change(layer, target, new, new, statistics)
+    layer.notes += _lost(layer, change)
+    if source.tail:
+        parts = ", ".join(type(layer.module.get_submodule(name)).__name__ for name in source.tail)
+        layer.notes.append(f"{parts} behind it, so its keys are {f'{layer.name}.norm.'.lstrip('.')}*")
+    return change
+
+
+def _handed_on(old: nn.Module, new: nn.Module, *, folded: bool = False) -> str:
+    """Gives the new layer what the old one has, and says what became of its statistics."""
+    norm = new.norm if isinstance(new, NormAct) else new
+    statistics = "folded" if folded else hand_on(old, norm)
+    if norm is not new:
+        give_up(norm)
+        take_place(old, new)
+    return statistics
+
+
+def _lost(layer: _Layer, change: _Change) -> list[str]:
+    """What becomes another thing, or nothing, of the tensors and attributes of a layer."""
+    old, there = layer.module, list(change.new.modules())
+    if any(part is old for part in there):
+        return []
+    notes, kept = [], {id(p) for p in (*change.new.parameters(), *change.new.buffers())}
+    held = {name: t for name, t in (*old.named_parameters(), *old.named_buffers()) if name not in STATISTICS}
+    lost = [name for name, t in held.items() if id(t) not in kept]
+    mine = {name: change.norm._parameters.get(name) for name in lost}
+    learned = [name for name, p in mine.items() if p is not None and name in old._buffers]
+    if change.folded:
+        lost = []
+    elif learned:
+        lost = [name for name in lost if name not in learned]
+        notes.append(f"its {', '.join(learned)} can be learned now")
+    lost += [name for name in set_on(old) if name not in change.new.__dict__]
+    return [*notes, f"without its {', '.join(lost)}"] if lost else notes
 
 
 def _made_by(plan: _Plan, layer: _Layer, make: Callable[[str, nn.Module], nn.Module | None], named: bool) -> _Change:
@@ -386,13 +501,17 @@ def _made_by(plan: _Plan, layer: _Layer, make: Callable[[str, nn.Module], nn.Mod
     assert isinstance(new, nn.Module)
     plan.made.add(id(new))
     change = _Change(layer, make, new, new, whole=there.isdisjoint(id(part) for part in new.modules()))
-    if change.whole:
-        new.to(**placed(old))
-        change.statistics = hand_on(old, new)
-        lost = [name for name, p in old._parameters.items() if p is not None and new._parameters.get(name) is not p]
-        layer.note = f"without its {', '.join(lost)}" if lost else ""
-    else:
-        new.training = old.training
+    for part in [new] if change.whole or isinstance(new, NormAct) else new.modules():
+        if there.isdisjoint(id(inner) for inner in part.modules()):
+            part.to(**placed(old))
+            part.train(old.training)
+    new.training = old.training
+    if change.whole or isinstance(new, NormAct):
+        change.whole, change.statistics = True, _handed_on(old, new)
+    elif all(part is not old for part in new.modules()):
+        take_place(old, new)
+        change.statistics = "dropped" if getattr(old, "running_mean", None) is not None else ""
+    layer.notes += _lost(layer, change)
     return change
 
 
@@ -401,7 +520,7 @@ def _counter(groups: Any, channels_per_group: Any, plan: _Plan) -> Callable[[_La
     rule = None
     if groups is not None and channels_per_group is not None:
         rule, instead = "groups and channels_per_group say the same", "one of them"
-    elif not (groups in (None, "gcd") or callable(groups) or isinstance(groups, Mapping) or as_int(groups) is not None):
+    elif not (groups is None or callable(groups) or isinstance(groups, Mapping) or _is_number_or_gcd(groups)):
         rule, instead = "groups is a number, a function of the channels, or a dict by names", 'groups=32, or "gcd"'
     if rule is not None:
         received = f"groups={shown(groups)}, channels_per_group={shown(channels_per_group)}"
@@ -415,7 +534,7 @@ def _counter(groups: Any, channels_per_group: Any, plan: _Plan) -> Callable[[_La
 
         name, chosen = layer.name or "the model", groups
         if isinstance(groups, Mapping):
-            fits = (v for key, v in groups.items() if any(fnmatchcase(n, key) for n in layer.names))
+            fits = (v for key, v in groups.items() if any(plan.fits(n, key) for n in layer.names))
             chosen = next(fits, None)
         if size is not None and channels % size:
             raise _indivisible(name, channels, f"channels_per_group={size}")
@@ -423,7 +542,7 @@ def _counter(groups: Any, channels_per_group: Any, plan: _Plan) -> Callable[[_La
             return channels // size
         if chosen is None:
             return own or default_groups(channels)
-        number = math.gcd(32, channels) if chosen == "gcd" else chosen(channels) if callable(chosen) else chosen
+        number = math.gcd(32, channels) if _is_gcd(chosen) else chosen(channels) if callable(chosen) else chosen
         number = whole(number, f"groups of {name}", 1)
         if channels % number:
             raise _indivisible(name, channels, f"groups={number}")
@@ -432,12 +551,18 @@ def _counter(groups: Any, channels_per_group: Any, plan: _Plan) -> Callable[[_La
     return count
 
 
+def _is_number_or_gcd(groups: Any) -> bool:
+    return _is_gcd(groups) or as_int(groups) is not None
+
+
+def _is_gcd(groups: Any) -> bool:
+    return isinstance(groups, str) and groups == "gcd"
+
+
 def _indivisible(name: str, channels: int, received: str) -> ShapeError:
-    divisors = [d for d in range(1, channels + 1) if channels % d == 0]
+    fit = divisors(channels)
     rule = f"groups divide the {channels} channels of a layer"
-    instead = (
-        f"one of {', '.join(map(str, divisors))}; groups={{{name!r}: {divisors[len(divisors) // 2]}}} for it alone"
-    )
+    instead = f"one of {', '.join(map(str, fit))}; groups={{{name!r}: {fit[len(fit) // 2]}}} for it alone"
     return ShapeError(say(rule, received=f"{name}: {received}", instead=instead))
 
 
@@ -455,23 +580,28 @@ def _compared(model: nn.Module, changes: Sequence[_Change], probe: Any) -> dict[
 _COLUMNS = ("layer", "from", "to", "groups", "statistics", "max change", "note")
 
 
-def _reported(plan: _Plan, changes: Sequence[_Change], found: Mapping[str, float], *, probed: bool) -> ConversionReport:
+def _reported(
+    plan: _Plan, changes: Sequence[_Change], found: Mapping[str, float], untraced: Mapping[str, str], *, probed: bool
+) -> ConversionReport:
     made = {id(change.layer): change for change in changes}
     rows = []
     for layer in plan.layers:
-        change, notes = made.get(id(layer)), [layer.note] * bool(layer.note)
+        change, notes = made.get(id(layer)), [layer.note] * bool(layer.note) + layer.notes
         notes += [f"also {', '.join(layer.names[1:])}"] if len(layer.names) > 1 else []
+        notes += ["weight 0"] if layer.zero else []
         if change is None:
             rows.append((layer.name or "(model)", _called_so(layer.module), "kept", "", "", "", "; ".join(notes)))
             continue
         if change.statistics == "new":
             notes.append("its statistics have seen nothing: calibrate(model, batches)")
-        notes += ["weight 0"] if change.zero else []
         moved = _number(found[layer.name]) if layer.name in found else "not seen" if probed else ""
         cells = (_called_so(layer.module), _called_so(change.new), change.groups, change.statistics, moved)
         rows.append((layer.name or "(model)", *cells, "; ".join(notes)))
     if "" in found and not any("" in layer.names for layer in plan.layers):
         rows.append(("(model)", type(plan.model).__name__, "", "", "", _number(found[""]), "of its output"))
+    for name, said in untraced.items():
+        note = f"zero_init: torch.fx cannot trace {said}"
+        rows.append((name or "(model)", said.partition(":")[0], "", "", "", "", note))
     return ConversionReport(_COLUMNS, tuple(rows), {}, dict(found))
 
 
@@ -480,31 +610,70 @@ def _number(value: float) -> str:
 
 
 def _called_so(module: nn.Module) -> str:
+    if isinstance(module, NormAct):
+        return ", ".join(map(_called_so, module))
     cls = parametrize.type_before_parametrizations(module)
-    return f"{cls.__name__}({str(module._spec)!r})" if cls in (Norm, UnitOffsetNorm) else cls.__name__
+    return f"{cls.__name__}({str(module._spec)!r})" if cls in (Norm, UnitOffsetNorm) else class_name(module)
 
 
 # --- weights that become 0 -------------------------------------------------------------------------------------------
 
 
-def _mark_zeros(model: nn.Module, plan: _Plan, changes: Sequence[_Change], zero_init: Any) -> None:
-    """Finds the layers whose weight becomes 0."""
+def _marked_zeros(
+    model: nn.Module, plan: _Plan, changes: Sequence[_Change], zero_init: Any
+) -> tuple[list[_Layer], dict[str, str]]:
+    """Marks the layers whose weight becomes 0: those of them that are kept; and what torch.fx cannot trace."""
     if zero_init is False:
-        return
+        return [], {}
+    untraced: dict[str, str] = {}
     if zero_init is True:
-        named = last_norms(model, {id(layer.module): layer.name for layer in plan.layers})
+        ends = last_norms(model, {id(layer.module): layer.name for layer in plan.layers})
+        named, untraced = ends.norms, ends.untraced
+        for layer in plan.layers:
+            if layer.name in ends.left:
+                layer.notes.append(f"zero_init: {ends.left[layer.name]}")
     else:
         named = [zero_init] if isinstance(zero_init, str) else list(zero_init)
         plan.check_names("zero_init", named)
-    for change in changes:
-        if not any(fnmatchcase(name, pattern) for name in change.layer.names for pattern in named):
+    new = {id(change.layer): change.norm for change in changes}
+    kept = []
+    for layer in plan.layers:
+        if not any(plan.fits(name, pattern) for name in layer.names for pattern in named):
             continue
-        weight = change.new._parameters.get("weight")
-        if weight is None or isinstance(change.new, UnitOffsetNorm):
-            received, instead = f"{change.layer.name}: {change.new}", "names of layers that have one, in zero_init="
+        stays = id(layer) not in new
+        if stays and not (layer.meant and layer.cls in exact()):
+            layer.notes.append("zero_init: what it computes with a weight of 0 is not known")
+            continue
+        norm = new.get(id(layer), layer.module)
+        weight = norm._parameters.get("weight")
+        if weight is None or isinstance(norm, UnitOffsetNorm):
+            received, instead = f"{layer.name}: {norm}", "names of layers that have one, in zero_init="
             raise SpecError(say("zero_init sets the weight of a layer to 0", received=received, instead=instead))
-        change.zero = True
-    if not any(change.zero for change in changes):
+        layer.zero = True
+        if stays:
+            _check_writable(layer, "weight", weight)
+            kept.append(layer)
+    if not any(layer.zero for layer in plan.layers):
         received = f"zero_init={shown(zero_init)}: {', '.join(map(str, named)) or 'none'}"
-        rule = "zero_init is for norms that are converted, the last ones of residual blocks"
+        rule = "zero_init is for norms that are converted, or are what they become already"
         raise SpecError(say(rule, received=received, instead='their names: zero_init="layer*.bn2"'))
+    return kept, untraced
+
+
+@torch.no_grad()
+def _make_zero(norm: nn.Module) -> None:
+    norm.get_parameter("weight").zero_()
+    if hasattr(norm, "zero_init"):
+        norm.__dict__["zero_init"] = True
+
+
+def _check_writable(layer: _Layer, name: str, p: torch.Tensor) -> None:
+    """Raises where the values of a parameter cannot be changed in place."""
+    kind = None
+    if p.is_inference() and not torch.is_inference_mode_enabled():
+        kind, instead = "an inference tensor", "convert within torch.inference_mode(), or a model made outside of it"
+    elif any(size > 1 and not stride for size, stride in zip(p.shape, p.stride(), strict=True)):
+        kind, instead = "expanded: its values are one", "nn.Parameter(weight.clone())"
+    if kind is not None:
+        received = f"{name} of {layer.name or 'the model'}, {kind}"
+        raise SpecError(say("a weight that changes can be written", received=received, instead=instead))

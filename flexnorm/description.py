@@ -173,6 +173,8 @@ def describe(module: Any) -> Description:
     shape = tuple(size for place in at if (size := _size(elements[place], known, sizes)) is not None)
     if len(shape) < len(at):
         raise KeptError("its number of channels is told nowhere")
+    if 0 in shape:
+        raise KeptError("it has no channels")
     groups = None
     if kind == "group":
         inner = elements[at[0]]
@@ -255,8 +257,10 @@ def recognise(module: Any, *, fused: bool = True) -> Description:
     eps = next((value for name in _EPS if isinstance(value := getattr(module, name, None), float)), None)
     plain = isinstance(module, nn.RMSNorm) and module.eps is None
     sized = weight if weight is not None else mean
-    if (eps is None and not plain) or not isinstance(sized, Tensor) or sized.dim() != 1 or not sized.numel():
+    if (eps is None and not plain) or not isinstance(sized, Tensor) or sized.dim() != 1:
         raise KeptError(_NOTHING)
+    if not sized.numel():
+        raise KeptError("it has no channels")
     if sized.is_meta:
         raise KeptError("meta: no values to try")
     channels, generator = sized.numel(), torch.Generator().manual_seed(0)
@@ -292,10 +296,11 @@ def _check_call(module: nn.Module) -> None:
         raise KeptError("a mixture")
     if isinstance(module, Norm) and module._changes:
         raise KeptError(module._changes)
-    first, *others = inspect.signature(module.forward).parameters.values()
-    others = [first, *others] if first.kind in (first.VAR_POSITIONAL, first.VAR_KEYWORD) else others
-    if others:
-        raise KeptError(f"its forward takes {', '.join(map(str, others))} beside x")
+    takes = list(inspect.signature(module.forward).parameters.values())
+    any_ = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    beside = takes[1:] if takes and takes[0].kind not in any_ else takes
+    if beside or not takes:
+        raise KeptError(f"its forward takes {', '.join(map(str, beside)) or 'nothing'}, and not x alone")
 
 
 def _trial(module: Any) -> Any:
@@ -336,18 +341,21 @@ def _agree(trial: Any, source: Description, inputs: Sequence[Tensor]) -> bool:
                 running = Moments(torch.ones_like(mean), mean.clone(), trial.running_var.clone())
             moments = running if not training or source.kind == "frozen" else None
             pattern = source.pattern("batch" if moments is not None else source.kind)
-            with torch.random.fork_rng([]):
-                try:
-                    torch.manual_seed(0)
-                    theirs = trial.forward(x.clone())
-                    torch.manual_seed(0)
-                    ours = normalize(x, pattern, moments=moments, **options, **affine, **names)
-                    for name in source.tail:
-                        ours = trial.get_submodule(name)(ours)
-                except Exception:  # whatever a class of others raises, this is no input of it
-                    return False
-            if not isinstance(theirs, Tensor) or theirs.shape != x.shape:
+            theirs = _called(trial.forward, x.clone())
+            ours: Any = normalize(x, pattern, moments=moments, **options, **affine, **names)
+            ours = _called(nn.Sequential(*map(trial.get_submodule, source.tail)), ours)
+            if not isinstance(theirs, Tensor) or not isinstance(ours, Tensor) or theirs.shape != x.shape:
                 return False
             if not torch.allclose(theirs.double(), ours, rtol=1e-5, atol=1e-5):  # it may compute in float32
                 return False
     return True
+
+
+def _called(call: Any, x: Tensor) -> Any:
+    """What it gives, by the same random numbers every time; None where it takes no such x."""
+    with torch.random.fork_rng([]):
+        torch.default_generator.manual_seed(0)  # of the CPU alone, as fork_rng puts back no other here
+        try:
+            return call(x)
+        except Exception:  # whatever a class of others raises
+            return None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from .axes import divisors
 from .errors import ShapeError, SpecError, say, shown
 from .functional import moments, normalize
 from .images import ChannelGroupNorm, over_pixels
@@ -180,6 +181,8 @@ def correlate_channels(
         received, instead = f"responses of shape {tuple(responses.shape)}, {int(m.count.min())} of a channel", "more"
         raise ShapeError(say("two responses of a channel or more correlate", received=received, instead=instead))
     z = normalize(x, pattern, mask, moments=m, eps=0)
+    if mask is not None and mask.is_floating_point():  # what weighs nothing may be NaN
+        z = z.where(mask.detach()[:, None] > 0, 0)
     weighted = z if mask is None else z * mask.detach().to(z.dtype)[:, None]
     z, weighted = (t.movedim(1, 0).flatten(1) for t in (z, weighted))
     r = weighted @ z.T / m.count  # 0 for constant channels, which are 0 in z
@@ -237,11 +240,11 @@ class SoftGroupNorm(Norm):
     are those of `"n c ..., n ... -> n c"`, coarsened and mixed.
 
     Args:
-        num_groups: number of groups, G, from 2 on.
+        num_groups: number of groups, G. Of one group every channel is a member, whatever the logits.
         num_channels: number of channels, C.
         eps: added to the variance, in the unit of x squared.
         affine: learn weight and bias, of shape (C,).
-        device, dtype: of the parameters.
+        device, dtype: of the parameters. Of a complex dtype the logits are real.
         bias: learn a bias beside the weight.
         temperature: the logits are divided by it. An attribute: lower it while training, and shares become 0 and 1.
         groups: groups to begin with, as in `ChannelGroupNorm`. None: logits are drawn from N(0, 1), as equal ones have
@@ -267,6 +270,10 @@ class SoftGroupNorm(Norm):
     """
 
     logits: nn.Parameter
+    _changes = (
+        "its groups overlap: shares mix the moments of this pattern before they are used, so that a positive gain and "
+        "an offset of a whole sample change nothing, and those of a channel do"
+    )
 
     def __init__(
         self,
@@ -298,7 +305,8 @@ class SoftGroupNorm(Norm):
         self._first = None
         if groups is not None:
             self._first = ChannelGroupNorm(num_groups, num_channels, affine=False, groups=groups).labels["group"]
-        self.logits = nn.Parameter(torch.empty(num_channels, num_groups, device=device, dtype=dtype))
+        real = dtype.to_real() if dtype is not None and dtype.is_complex else dtype
+        self.logits = nn.Parameter(torch.empty(num_channels, num_groups, device=device, dtype=real))
         self.reset_parameters()
 
     @property
@@ -356,7 +364,7 @@ class SoftGroupNorm(Norm):
     def _mixed(self, x: Tensor, mask: Tensor | None) -> Moments:
         """The moments that every channel is normalized by, (N, C)."""
         m = moments(x, _PER_CHANNEL, mask, c=self.num_channels)
-        p = (self.logits.to(m.mean.dtype) / self.temperature).softmax(-1)
+        p = (self.logits.to(m.m2.dtype) / self.temperature).softmax(-1)
         groups = each(lambda t: t[..., None], m).weighed(p).coarsen("n c g -> n g")
         return each(lambda t: t[:, None], groups).mixed(p)
 
@@ -365,10 +373,17 @@ class SoftGroupNorm(Norm):
 
         Groups are numbered in the order of their first channels; those that nobody is in are left out.
 
+        Raises:
+            SpecError: a logit is NaN, so that no share is the largest.
+
         >>> norm = SoftGroupNorm(3, 4, groups=torch.tensor([2, 0, 0, 2]))
         >>> norm.harden(), norm.harden().ids
         (Partition(4 ids, count=2), tensor([0, 1, 1, 0]))
         """
+        lost = self.logits.detach().isnan().any(1).nonzero().flatten().tolist()
+        if lost:
+            rule, instead = "a channel is in the group of its largest share", "logits from before training diverged"
+            raise SpecError(say(rule, received=f"NaN in the logits of channels {shown(lost)}", instead=instead))
         return _numbered(self.logits.detach().argmax(1))
 
     def hardened(self) -> ChannelGroupNorm:
@@ -462,8 +477,7 @@ def _channels(norm: nn.Module) -> Any:
 
 
 def _nearest_divisor(number: int, wanted: float) -> int:
-    divisors = (d for d in range(1, number + 1) if number % d == 0)
-    return min(divisors, key=lambda d: round(abs(math.log(d / wanted)), 9))  # the first of two that tie
+    return min(divisors(number), key=lambda d: round(abs(math.log(d / wanted)), 9))  # the first of two that tie
 
 
 # --- clusters --------------------------------------------------------------------------------------------------------

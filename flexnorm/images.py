@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .axes import divisors
 from .errors import ShapeError, SpecError, say, shown
 from .norm import Norm
 from .partition import Partition, labelled, whole
@@ -100,12 +101,12 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
         options: dict[str, Any] = {"eps": eps, "bias": bias, "activation": activation, "device": device, "dtype": dtype}
         if groups is None:
             if num_channels % num_groups:
-                divisors = [d for d in range(1, num_channels + 1) if num_channels % d == 0]
                 raise ShapeError(
                     say(
                         f"num_channels ({num_channels}) must be divisible by num_groups ({num_groups})",
                         received=f"num_groups={num_groups}, num_channels={num_channels}",
-                        instead=f"one of {', '.join(map(str, divisors))}; groups= for groups of unequal sizes",
+                        instead=f"one of {', '.join(map(str, divisors(num_channels)))}; "
+                        "groups= for groups of unequal sizes",
                     )
                 )
             axes, options["g"] = "(g c)", num_groups

@@ -136,7 +136,7 @@ class Explanation:
     def _invariances(self) -> str:
         gain, offset = f"a positive gain{self.gains}", f"an offset{self.offsets}"
         said = [text for text, any_ in ((gain, self.gains), (offset, self.offsets)) if any_ is not None]
-        return " and ".join(said)
+        return " and ".join(said) or "what its note says"
 
     def _error(self, error: float) -> str:
         if math.isinf(error):
@@ -309,7 +309,8 @@ class _About(NamedTuple):
     parameters: Mapping[str, tuple[int, ...]]
     tracks: bool = False  # running statistics, which it evaluates by
     notes: tuple[str, ...] = ()
-    cumulative: bool = False
+    named: bool = True  # what has its pattern computes the same
+    plain: bool = True  # it uses the moments of its pattern as they are
 
 
 def _explained(
@@ -342,9 +343,7 @@ def _explained(
         error = math.sqrt(2 / freedom) if freedom > 0 else math.inf
     named = [] if tally.sizes is None or tally.sizes[2] <= 1 else list(_names(recipe, spec, x))
     if about is not None:
-        named = (
-            [] if about.cumulative else sorted(named, key=lambda name: not name.text.startswith(f"nn.{about.kind}("))
-        )
+        named = sorted(named, key=lambda name: not name.text.startswith(f"nn.{about.kind}(")) if about.named else []
     per = str(spec.sets)
     where = f" per {per}" if per else ", one for all of x"
     wide = stat_dtype(x.dtype).itemsize
@@ -361,8 +360,8 @@ def _explained(
         single=tally.single,
         outside=tally.outside,
         names=tuple(name.text for name in named),
-        gains=where if options.scale else None,
-        offsets=where if options.center else None,
+        gains=where if options.scale and (about is None or about.plain) else None,
+        offsets=where if options.center and (about is None or about.plain) else None,
         removed=tally.sum(lambda members: (parts * members).clamp(max=lost)),
         error=error,
         mixes=_mixes(sets, spec, tracks=about is not None and about.tracks),
@@ -662,13 +661,15 @@ def _about(module: nn.Module, tracks: bool | None = None) -> _About:
     tracks = getattr(module, "running_mean", None) is not None if tracks is None else tracks
     if not isinstance(module, Norm):
         return _About(type(module).__name__, own, tracks)
-    notes = []
+    notes = [module._changes] if module._changes else []
     axis = module._cumulative
     if axis is not None:
         notes.append(f"cumulative along {axis}: a set has all that came up to it, so sizes grow from these on")
     if module._sharding is not None:
         notes.append(f"sharded along {' '.join(module._sharding.names)}: what is counted here is this rank's part")
-    return _About(type(module).__name__, own, tracks, tuple(notes), axis is not None)
+    return _About(
+        type(module).__name__, own, tracks, tuple(notes), axis is None and not module._changes, not module._changes
+    )
 
 
 class _Call(NamedTuple):

@@ -448,6 +448,7 @@ class Norm(nn.Module):
     _masked = False  # whether it was ever called with a mask, as `flexnorm.privacy` asks
     _collected: tuple[Moments, ...] | None = None  # while `calibrate` goes through the batches
     _evaluates_unseen = False  # as the layers of others do, which begin with mean 0 and variance 1
+    _changes = ""  # what it makes of the moments of its pattern before it uses them, if anything
     _counts_per_set = True  # where momentum is None and labels name sets; those of others have one counter
 
     def updated(self, seen: Moments) -> dict[str, Tensor]:

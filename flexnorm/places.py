@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -43,7 +45,7 @@ def refresh(model: nn.Module, new: Sequence[nn.Module]) -> None:
             layers = [layer for layer in module.layers if isinstance(layer, nn.TransformerEncoderLayer)]
             _switch(module, "use_nested_tensor", False, layers, ours)
         elif isinstance(module, nn.parallel.DistributedDataParallel):
-            module._assign_modules_buffers()
+            module._assign_modules_buffers()  # type: ignore[no-untyped-call]
 
 
 _BEFORE = "_fast_path_before_convert"
@@ -75,9 +77,11 @@ def hand_on(old: nn.Module, new: nn.Module) -> str:
             parametrize.register_parametrization(new, name, nn.Identity(), unsafe=True)
             new.parametrizations[name] = old.parametrizations[name]  # type: ignore[operator, index]
             continue
-        p, own = old._parameters.get(name), new._parameters[name]
+        p, own, buffer = old._parameters.get(name), new._parameters[name], old._buffers.get(name)
         if p is not None and own is not None and p.shape == own.shape:
             new._parameters[name] = p
+        elif p is None and own is not None and buffer is not None and buffer.shape == own.shape:
+            new._parameters[name] = nn.Parameter(buffer)
     new.train(old.training)
     take_place(old, new)
     had, has = (getattr(layer, "running_mean", None) is not None for layer in (old, new))
@@ -92,10 +96,37 @@ def hand_on(old: nn.Module, new: nn.Module) -> str:
 
 
 def take_place(old: nn.Module, new: nn.Module) -> None:
-    """Gives a layer the hooks of the one before: the same tables, so that `handle.remove()` still finds them."""
+    """Gives a layer the hooks of the one before: the same tables, so that `handle.remove()` still finds them. And the
+    attributes that somebody set on it."""
     for name, value in old.__dict__.items():
         if "_hooks" in name or name == "_is_full_backward_hook":
             new.__dict__[name] = value
+    for name in set_on(old):
+        if name not in new.__dict__ and not _calls(old, old.__dict__[name]):
+            new.__dict__[name] = old.__dict__[name]
+
+
+def set_on(layer: nn.Module) -> list[str]:
+    """The attributes of a norm of torch, or of ours, that it does not have by itself."""
+    fresh = _fresh(parametrize.type_before_parametrizations(layer))
+    return [] if fresh is None else [name for name in layer.__dict__ if name not in fresh]
+
+
+@cache
+def _fresh(cls: type[nn.Module]) -> frozenset[str] | None:
+    """The attributes of a layer that was just built; None where nobody knows how to build one."""
+    if not cls.__module__.startswith(("torch.nn.", "flexnorm.")):
+        return None
+    arguments: Any = ("n c -> n",) if "pattern" in inspect.signature(cls).parameters else (1, 1)
+    try:
+        return frozenset(cls(*arguments).__dict__)
+    except (TypeError, ValueError):
+        return None
+
+
+def _calls(old: nn.Module, value: Any) -> bool:
+    """Whether an attribute is about the old layer itself: a method of it, or what was compiled of it."""
+    return getattr(value, "__self__", None) is old or getattr(value, "__wrapped__", None) is not None
 
 
 def rebind(new: nn.Module) -> None:

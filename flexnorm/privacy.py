@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 
 from . import conversion, grouping, images, mixtures, presets, sequences, spectrograms  # noqa: F401  # all layers
 from .errors import say
+from .inspection import roles
 from .norm import Norm
 
 try:
@@ -88,9 +89,7 @@ def _grad_sample(layer: Norm, activations: list[Tensor], backprops: Tensor) -> d
 def _refusals(layer: Norm) -> list[Any]:
     """Where the sets of a layer go over the samples, the first axis of x, there is no gradient of one sample."""
     for formula, _ in layer._patterns():
-        spec = formula.spec
-        first, sets = spec.x.elements[0] if spec.x.elements else None, list(spec.sets.atoms())
-        if first is None or not all(atom in sets for atom in getattr(first, "atoms", (first,))):
+        if roles(formula.spec)[:1] not in {"k", "K", "1"}:
             said = "samples of a batch share statistics, so no gradient is that of one"
             return [UnsupportedModuleError(f"{said}: {layer}")]
     if len(layer._patterns()) > 1:

@@ -8,7 +8,7 @@ import random
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from .errors import SpecError, as_int, say
-from .places import places, put
+from .places import places, put, refresh
 
 
 @torch.no_grad()
@@ -60,7 +60,9 @@ def compared(
         if successors is not None:
             with undisturbed(model, beside):
                 at.append("the model with its new layers")
-                after = _called(put(model, successors), probe)
+                changed = put(model, successors)
+                refresh(changed, list(successors.values()))
+                after = _called(changed, probe)
             change_of_model = _difference(before, after)
             if change_of_model is not None:
                 found[""] = change_of_model
@@ -80,7 +82,7 @@ def compared(
 
 def _check_values(model: nn.Module, probe: Any) -> None:
     """Raises where there is nothing to compute with."""
-    rule = None
+    rule, valueless = None, "a probe needs values, and meta tensors have none"
     for name, p in model.named_parameters():
         if is_lazy(p):
             rule, instead = (
@@ -95,8 +97,7 @@ def _check_values(model: nn.Module, probe: Any) -> None:
         if rule is not None:
             raise SpecError(say(rule, received=f"{name}: {type(p).__name__} on {p.device}", instead=instead))
     if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(probe)):
-        rule = "a probe needs values, and meta tensors have none"
-        raise SpecError(say(rule, received="probe= with a tensor on meta", instead="torch.randn(...) on the CPU"))
+        raise SpecError(say(valueless, received="probe= with a tensor on meta", instead="torch.randn(...) on the CPU"))
 
 
 def arguments_of(model: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -121,7 +122,7 @@ def undisturbed(model: nn.Module, beside: Sequence[nn.Module] = ()) -> Iterator[
     """Within, the model may run: buffers, attributes, modes, and the random states of torch, numpy and Python are as
     before at the end, of layers beside it, too. Parameters are not looked after.
 
-    Torch takes no fast path, which calls no norm, or on nested tensors.
+    Torch takes no fast path, which calls no norm, or on nested tensors, and compiles nothing: hooks would be compiled.
     """
     modules = {part for module in (model, *beside) for part in module.modules()}
     tensors = [(t, _copied(t)) for m in modules for t in m._buffers.values() if t is not None]
@@ -130,7 +131,8 @@ def undisturbed(model: nn.Module, beside: Sequence[nn.Module] = ()) -> Iterator[
     fast = torch.backends.mha.get_fastpath_enabled()
     of_python, numpy = random.getstate(), sys.modules.get("numpy")
     of_numpy = None if numpy is None else numpy.random.get_state()
-    with torch.random.fork_rng(devices):
+    compiles = "torch._dynamo" in sys.modules  # which takes a second to import
+    with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager") if compiles else nullcontext():
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield
@@ -157,7 +159,8 @@ class _Held:
         self.module = module
         scripted = isinstance(module, torch.jit.ScriptModule)  # of C++, its tables are views
         self.attributes = {"training": module.training} if scripted else dict(module.__dict__)
-        self.contents = [(v, copy.copy(v)) for v in self.attributes.values() if type(v) in _CONTAINERS]
+        held: Any = [value for value in self.attributes.values() if type(value) in _CONTAINERS]
+        self.contents = [(value, copy.copy(value)) for value in held]
 
     def restore(self) -> None:
         if isinstance(self.module, torch.jit.ScriptModule):

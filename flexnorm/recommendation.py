@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from .axes import divisors
+from .description import Description, KeptError, is_candidate, recognise
 from .errors import ShapeError, SpecError, as_int, nearest, say, shown
-from .inspection import FEW, NORMS, Explanation, Report, explain, extent, formula_of, is_norm, numeral, roles
+from .inspection import FEW, Explanation, Report, explain, extent, formula_of, is_norm, numeral, roles
 from .norm import Norm
 from .partition import Partition, whole
 from .spec import Axis, Dots, Group, Spec
+from .successors import followed
 
 __all__ = ["Recommendation", "Recommendations", "recommend"]
 
@@ -32,11 +38,12 @@ class Recommendation:
 
     Attributes:
         name: of the layer in its model; "" where it is alone.
-        choice: what to write, a line of code; of a layer to keep, what it is.
+        choice: what to write, a line of code; of a layer to keep, what it is; "not judged" of one that computes
+            something that the rules are not about.
         imports: the line that makes `choice` run; "" for a layer to keep.
         keep: whether the layer is right as it is.
-        kind: of what is chosen: "batch", "group", "instance", "layer", "token", "rms", "graph", "bands", "frame"; "own"
-            of a layer whose computation is its own.
+        kind: of what is chosen: "batch", "frozen", "group", "instance", "layer", "token", "rms", "graph", "bands",
+            "frame"; "own" of a layer whose computation is its own.
         rule: the rule that decided.
         reasons: sentences, with the numbers of this layer; those that warn are the last.
         now, then: explanations of the layer and of the choice, at the same size of batch; None where the shape of its
@@ -55,9 +62,11 @@ class Recommendation:
     _built: Callable[[], nn.Module] = field(repr=False)
 
     def layer(self) -> nn.Module:
-        """The layer that is chosen: new, with weight 1 and bias 0, of the device, dtype and mode of the present one.
+        """The layer that is chosen: new, with weight 1 and bias 0, of the device, dtype and mode of the present one,
+        and with what that one has behind its norm: `convert(model, lambda name, norm: table[name].layer())` hands
+        weight and bias on.
 
-        Where that is kept, it is that itself.
+        Where that is kept, or not judged, it is that itself.
         """
         return self._built()
 
@@ -113,7 +122,8 @@ def recommend(
     The rules are `RULES`, of which the first that applies decides.
 
     Args:
-        what: a norm of torch, of flexnorm or of PyTorch Geometric; or a model.
+        what: a norm of torch, of flexnorm or of PyTorch Geometric; or a model. Those of others are judged by what they
+            compute, if that has a name: it is found by trying them, as `convert` does.
         batch_size: samples that are normalized together in training: of one device, if there are several. None: that
             of x. Of graphs it is their number. Only batch norms ask for it.
         data: "images" (volumes too), "video", "sequences", "audio", "spectrograms", "graphs" or "tabular".
@@ -148,19 +158,19 @@ def recommend(
     norms = dict(_norms(what))
     if not norms:
         received, instead = f"{type(what).__name__} without any", "a model with norms, or the norm that it should have"
-        raise SpecError(
-            say("a norm of torch, flexnorm or PyTorch Geometric is judged", received=received, instead=instead)
-        )
-    seen = {} if x is None else _seen(what, x)
+        raise SpecError(say("what is judged is a norm, or a model with norms", received=received, instead=instead))
+    found = {name: _found(layer) for name, layer in norms.items()}
+    seen = {} if x is None else _seen(what, x, {name: norms[name] for name, one in found.items() if one is not None})
     first = None if x is None else _samples(x)
     of_all = Facts(
         "", what, "own", data, None, None, privacy, streaming, distributed, groups, batch_size or first, _graph(x)
     )
     made: dict[str, Recommendation] = {}
     for name, layer in norms.items():
-        facts = _sized(
-            replace(of_all, name=name, layer=layer, kind=_kind(layer), channels=_channels(layer)), seen, first
-        )
+        one = found[name]
+        kind, channels = (_kind(layer), _channels(layer)) if one is None else (_kind_of(one), one.shape[0])
+        facts = replace(of_all, name=name, layer=layer, kind=kind, channels=channels, found=one)
+        facts = _sized(facts, seen, first)
         if facts.channels is None and facts.shape is not None and len(facts.shape) > 1:
             facts = replace(facts, channels=facts.shape[-1 if facts.last else 1])
         if facts.channels is None and facts.kind in ("batch", "group", "instance"):
@@ -217,6 +227,7 @@ class Facts:
     groups: Groups | None
     samples: int | None
     graph: Tensor | None = None  # of every node
+    found: Description | None = None  # what a layer of others computes
 
     @property
     def batch(self) -> int:
@@ -254,17 +265,34 @@ class Facts:
         return isinstance(self.layer, nn.SyncBatchNorm) or getattr(self.layer, "_sharding", None) is not None
 
     @property
+    def mixes(self) -> bool:
+        """Whether samples share statistics, or may, in a layer that is not judged."""
+        if isinstance(self.layer, Norm):
+            return any(roles(formula.spec)[:1] not in {"k", "K", "1"} for formula, _ in self.layer._patterns())
+        return isinstance(self.layer, _BatchNorm)
+
+    @property
     def masked(self) -> bool:
         """Whether it takes a mask."""
         return isinstance(self.layer, Norm) and self.layer._spec.mask is not None
 
     @property
     def activation(self) -> str | None:
+        if self.found is not None:
+            return self.found.activation
         return self.layer._options.activation if isinstance(self.layer, Norm) else None
+
+    @property
+    def behind(self) -> str:
+        """What the layer has behind its norm, as layers."""
+        parts = () if self.found is None else self.found.tail
+        return ", ".join(type(self.layer.get_submodule(name)).__name__ for name in parts)
 
     @property
     def last(self) -> bool:
         """Whether channels are the last axis."""
+        if self.found is not None:
+            return self.found.layout == "last"
         return isinstance(self.layer, Norm) and isinstance(self.layer._spec.x.elements[-1], Group)
 
     @property
@@ -289,9 +317,25 @@ def _inner(layer: nn.Module) -> nn.Module:
 def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if module not in inside and (isinstance(module, NORMS) or _of_pyg(module) is not None):
+        if module not in inside and (is_candidate(module) or _of_pyg(module) is not None):
             inside.update(module.modules())
             yield name, module
+
+
+def _found(layer: nn.Module) -> Description | None:
+    """What a norm of others computes, if that is known."""
+    if is_norm(layer) or _of_pyg(layer) is not None:
+        return None
+    try:
+        return recognise(layer)
+    except KeptError:
+        return None
+
+
+def _kind_of(found: Description) -> str:
+    if found.layout != "second":  # of a token or a pixel alone
+        return {"layer": "token", "rms": "rms", "group": "frame"}.get(found.kind, "own")
+    return {"sync": "batch", "rms": "own"}.get(found.kind, found.kind)
 
 
 _PER_GRAPH = ("GraphNorm", "InstanceNorm", "LayerNorm", "PairNorm", "MeanSubtractionNorm", "GraphSizeNorm")
@@ -302,7 +346,11 @@ def _kind(layer: nn.Module) -> str:
     if pyg is not None:
         return "batch" if pyg == "BatchNorm" else "graph" if pyg in _PER_GRAPH else "own"
     formula = formula_of(layer)
-    if formula is None:
+    if formula is None or "forward" in layer.__dict__:
+        return "own"
+    if type(layer).__module__ == "flexnorm.graphs" and any(True for _ in formula.spec.sets.lookups()):
+        return "graph"
+    if isinstance(layer, Norm) and (layer._changes or len(layer._patterns()) > 1):
         return "own"
     if isinstance(layer, Norm) and (layer._static or layer._conditional is not None or layer._cumulative is not None):
         return "own"
@@ -373,11 +421,26 @@ def _graph(x: Any) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _seen(what: nn.Module, x: Any) -> Mapping[str, Explanation]:
-    """Explanations of all norms, by their names."""
+def _seen(what: nn.Module, x: Any, others: Mapping[str, nn.Module]) -> Mapping[str, Explanation | tuple[int, ...]]:
+    """Explanations of all norms, by their names; of those of others, the shapes of what they are called with."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, layer: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            shapes.setdefault(name, tuple(args[0].shape))
+
+    with ExitStack() as stack:
+        for name, layer in others.items():
+            stack.callback(layer.register_forward_pre_hook(partial(note, name)).remove)
+        return {**_explanations(what, x), **shapes}
+
+
+def _explanations(what: nn.Module, x: Any) -> Mapping[str, Explanation]:
     try:
         found = explain(what, x)
-        return {"": found} if isinstance(found, Explanation) else dict(found.explanations)
+        if isinstance(found, Explanation):
+            return {"": found}
+        return {} if is_norm(what) else dict(found.explanations)  # several patterns of one layer
     except (SpecError, ShapeError) as error:
         if isinstance(error, SpecError) and is_norm(what) and _kind(what) in ("own", "graph"):
             return {}  # x alone does not say which sets there are
@@ -388,10 +451,12 @@ def _seen(what: nn.Module, x: Any) -> Mapping[str, Explanation]:
         raise ShapeError(say(f"{type(what).__name__} runs once on x", received=said, instead=instead)) from error
 
 
-def _sized(facts: Facts, seen: Mapping[str, Explanation], first: int | None) -> Facts:
+def _sized(facts: Facts, seen: Mapping[str, Explanation | tuple[int, ...]], first: int | None) -> Facts:
     """With the sizes of its sets, at the size of batch that is asked about."""
     layer = facts.layer
     now = seen.get(facts.name) or seen.get(f"{facts.name}.module".lstrip("."))
+    if isinstance(now, tuple):
+        now = None if facts.found is None else _explained(facts.found, now)
     shape = None if now is None else now.shape
     norm = _inner(layer)
     if shape is not None and facts.kind in ("batch", "instance") and facts.channels not in (None, *shape[1:2]):
@@ -405,11 +470,22 @@ def _sized(facts: Facts, seen: Mapping[str, Explanation], first: int | None) -> 
         shape = _known(facts)
     if shape is None or (now is not None and shape == now.shape):
         return replace(facts, now=now)
-    return replace(facts, now=explain(norm, shape))
+    return replace(facts, now=explain(norm, shape) if facts.found is None else _explained(facts.found, shape))
+
+
+def _explained(found: Description, shape: tuple[int, ...]) -> Explanation | None:
+    """What a norm of others does to x of this shape, by its pattern; a frozen one has no sets."""
+    if found.kind == "frozen":
+        return None
+    sizes = {} if found.groups is None else {"g": found.groups}
+    return explain(found.pattern(found.kind), shape, center=found.center, eps=found.eps, sizes=sizes)
 
 
 def _known(facts: Facts) -> tuple[int, ...] | None:
     """The shape of x where it is known without x: rows of a table, tokens."""
+    if facts.kind in ("token", "rms") and facts.found is not None:
+        last = facts.found.layout == "last"
+        return (facts.samples or 1, *facts.found.shape, *(() if last else (1, 1)))
     if facts.kind in ("token", "rms") and hasattr(facts.layer, "normalized_shape"):
         return (facts.samples or 1, *facts.layer.normalized_shape)  # type: ignore[misc]
     places = facts.data == "tabular" and facts.kind in ("batch", "group") and facts.channels and facts.rank == 2
@@ -470,7 +546,9 @@ def _told(facts: Facts, takes: Sequence[str]) -> dict[str, Any]:
     """The options of the layer that another takes over."""
     layer = _inner(facts.layer)
     plain = getattr(layer, "weight", None) is None
-    told: dict[str, Any] = {"eps": layer.eps, "affine": not plain, "bias": plain or layer.bias is not None}
+    eps: Any = layer.eps if facts.found is None else facts.found.eps
+    told: dict[str, Any] = {"eps": eps, "affine": not plain}
+    told["bias"] = plain or getattr(layer, "bias", None) is not None
     told |= {"activation": facts.activation, "zero_init": getattr(layer, "zero_init", False)}
     return {name: told[name] for name in takes if told[name] != _DEFAULTS[name]}
 
@@ -524,9 +602,9 @@ def _apart(facts: Facts) -> Proposal | None:
         told = facts.groups(channels) if callable(facts.groups) else facts.groups
         count = as_int(told)
         if count is None or count < 1 or channels % count:
-            divisors = ", ".join(str(d) for d in range(1, channels + 1) if channels % d == 0)
             where = f"groups={shown(told)}, {channels} channels{f' in {facts.name}' if facts.name else ''}"
-            raise ShapeError(say("groups divide the channels", received=where, instead=f"one of {divisors}"))
+            fit = ", ".join(map(str, divisors(channels)))
+            raise ShapeError(say("groups divide the channels", received=where, instead=f"one of {fit}"))
         return make(facts, count)
     for count in (g for g in range(_most(facts, channels), 0, -1) if channels % g == 0):
         made = make(facts, count)
@@ -604,6 +682,12 @@ RULES = (
         "own",
         _always,
         "What {f.layer.__class__.__name__} computes is its own, and is not judged: look at it with explain",
+    ),
+    Rule(
+        "frozen",
+        "frozen",
+        _always,
+        "It goes by running statistics that never move: a weight and a bias of each channel, and no statistics of x",
     ),
     Rule(
         "privacy",
@@ -732,6 +816,10 @@ REMARKS = (
         "Its activation, {f.activation}, comes behind it, as a layer of its own.",
     ),
     Remark(
+        lambda f, p, e: p is not None and bool(f.behind),
+        "Its {f.behind} comes behind it, as it did: layer() has both.",
+    ),
+    Remark(
         lambda f, p, e: p is not None and f.kind == "batch",
         "Then each result depends on its own sample alone: the same in training and evaluation.",
     ),
@@ -758,7 +846,7 @@ REMARKS = (
         "collective in every layer.",
     ),
     Remark(
-        lambda f, p, e: p is None and f.kind == "own" and f.privacy and e is not None and e.mixes is not None,
+        lambda f, p, e: f.kind == "own" and f.privacy and (f.mixes or (e is not None and e.mixes is not None)),
         "Samples share statistics in it, so that none has a gradient of its own: private training cannot have it.",
     ),
     Remark(
@@ -797,11 +885,12 @@ def _decided(facts: Facts) -> Recommendation:
     reasons = [rule.said(facts), *_numbers(facts.now, then, made is None)]
     reasons += [r.text.format(f=facts, e=then) for r in REMARKS if r.when(facts, made, then)]
     if made is None:
-        line, imports, kind = _present(facts.layer), "", facts.kind
+        line, imports, kind = "not judged" if facts.kind == "own" else _present(facts.layer), "", facts.kind
     else:
         line, imports, kind = made.line, made.imports, made.kind
-    told = (facts.name, line, imports, made is None, kind, rule.name, tuple(reasons), facts.now, then)
-    return Recommendation(*told, lambda: facts.layer if made is None else _like(made, facts.layer))
+    keep = made is None and kind != "own"
+    told = (facts.name, line, imports, keep, kind, rule.name, tuple(reasons), facts.now, then)
+    return Recommendation(*told, lambda: facts.layer if made is None else _like(made, facts))
 
 
 def _numbers(now: Explanation | None, then: Explanation | None, keep: bool) -> Iterator[str]:
@@ -822,10 +911,12 @@ def _measured(e: Explanation | None) -> str:
     return count if e.error is None or math.isinf(e.error) else f"{count}, variance off by {e.error:.1%}"
 
 
-def _like(made: Proposal, layer: nn.Module) -> nn.Module:
+def _like(made: Proposal, facts: Facts) -> nn.Module:
+    layer = facts.layer
     weight = getattr(_inner(layer), "weight", None)
     placed = {} if not isinstance(weight, Tensor) else {"device": weight.device, "dtype": weight.dtype}
-    return made.built(**placed).train(layer.training)
+    built = made.built(**placed).train(layer.training)
+    return built if facts.found is None else followed(facts.found, layer, built)
 
 
 def _present(layer: nn.Module) -> str:
@@ -842,6 +933,7 @@ def _row(name: str, layer: nn.Module, made: Recommendation) -> tuple[str, ...]:
             return "", ""
         return numeral(e.sizes[0]), "" if e.error is None else "none" if math.isinf(e.error) else f"{e.error:.1%}"
 
-    (count, error), (count_then, error_then) = of(made.now), ("", "") if made.keep else of(made.then)
+    stays = made.keep or made.kind == "own"
+    (count, error), (count_then, error_then) = of(made.now), ("", "") if stays else of(made.then)
     choice = "keep" if made.keep else made.choice
     return name, type(layer).__name__, choice, made.rule, count, count_then, error, error_then

@@ -72,6 +72,7 @@ class _Tracer(fx.Tracer):
 _SUMS = {add, iadd, torch.add, "add", "add_"}
 _PRODUCTS = {mul, torch.mul, "mul", "mul_"}
 _KEEP_ZERO = {"relu", "relu_", "silu", "gelu", "tanh", "contiguous", "clone", "stochastic_depth"}  # f(0) = 0
+_KEEP_ZERO |= {"view", "reshape", "reshape_as", "flatten", "permute", "transpose", "movedim", "squeeze", "unsqueeze"}
 _FINER = ("interpolate", "upsample", "transpose2d", "transpose3d", "transpose1d", "pixelshuffle", "pixel_shuffle")
 
 
@@ -104,7 +105,7 @@ class _Branches:
                 continue
             end = self.end(a, long)
             if end is not None:
-                yield self.norms[id(self.layers[end])], self.objection(end, long, b, short)
+                yield self.norms[id(self.layers[end])], self.objection(node, end, long, b, short)
 
     def own(self, part: fx.Node, parts: tuple[fx.Node, fx.Node]) -> int:
         """The nodes that lead to one part alone."""
@@ -118,28 +119,43 @@ class _Branches:
         """Layers with parameters on a branch."""
         return sum(any(True for _ in self.layers[n].parameters()) for n in self.those(bits) if n in self.layers)
 
-    def objection(self, end: fx.Node, long: int, other: fx.Node, short: int) -> str:
+    def objection(self, node: fx.Node, end: fx.Node, long: int, other: fx.Node, short: int) -> str:
         """Why two branches are none of a residual block, or ""."""
-        entries = {n for node in self.those(short) for n in node.all_input_nodes if not short & self.bit[n]}
-        root = next(iter(entries), None) if short else other
-        if root is None or len(entries) > 1 or not self.past[end] & self.bit[root]:
+        root = self.root(other, short)
+        if root is None or not self.past[end] & self.bit[root]:
             return "ends a branch that is added to something else than its input"
-        for node in self.those(short):
-            if node.op == "placeholder" or (node.target is getitem and isinstance(node.args[1], int)):
-                return "ends a branch that is added to something else than its input"
-        norms = sum(id(layer) in self.norms for node, layer in self.layers.items() if short & self.bit[node])
+        norms = sum(id(layer) in self.norms for n, layer in self.layers.items() if short & self.bit[n])
         weights = self.length(short) - norms
-        if norms > 1 or weights > 1 or any(_added(node) for node in self.those(short)):
+        if norms > 1 or weights > 1 or any(_added(n) for n in self.those(short)):
             return "ends a branch that is added to another of several layers"
-        if norms > weights:
-            return "ends a branch that is added to a normalized one"  # RepVGG, which makes one convolution of both
-        for node in self.those(long):
-            parts = _added(node)
-            if parts is not None and all(self.past[part] & self.bit[root] for part in parts):
-                return "ends a branch with additions inside"
+        if norms > weights or any(self.apart(part, node, root) for user in node.users for part in _added(user) or ()):
+            return "ends one of several branches that are added"  # RepVGG, say, which makes one convolution of them
+        if any(self.residual(n, root) for n in self.those(long)):
+            return "ends a branch with residual blocks inside"
         if self.finer(long) and not self.finer(short):
             return "ends a branch that goes to a lower resolution and back"
         return ""
+
+    def apart(self, part: fx.Node, node: fx.Node, root: fx.Node) -> bool:
+        """Whether something is made of the root, and not of a node."""
+        return bool(self.past[part] & self.bit[root]) and not self.past[part] & self.bit[node]
+
+    def root(self, part: fx.Node, own: int) -> fx.Node | None:
+        """The one node that a branch begins with, which is no item of a list."""
+        if not own:
+            return part
+        begin = {before for n in self.those(own) for before in n.all_input_nodes if not own & self.bit[before]}
+        items = any(n.target is getitem and isinstance(n.args[1], int) for n in self.those(own))
+        given = any(n.op == "placeholder" for n in self.those(own))
+        return None if items or given or len(begin) != 1 else next(iter(begin))
+
+    def residual(self, node: fx.Node, root: fx.Node) -> bool:
+        """Whether a node adds something to what that was made of, and all is made of a root."""
+        parts = _added(node)
+        if parts is None or not all(self.past[part] & self.bit[root] for part in parts):
+            return False
+        owns = [(part, self.own(part, parts)) for part in parts]
+        return any(not self.length(own) and self.root(part, own) is not None for part, own in owns)
 
     def finer(self, bits: int) -> bool:
         """Whether a branch has more resolution at its end than somewhere before."""

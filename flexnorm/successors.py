@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .places import placed, take_place
 from .statistics import Moments
 from .synchronized import SyncBatchNorm
 
-__all__ = ["ChannelAffine"]
+__all__ = ["ChannelAffine", "NormAct"]
 
 
 class ChannelAffine(nn.Module):
@@ -57,6 +58,31 @@ class ChannelAffine(nn.Module):
         return f"{self.num_channels}"
 
 
+class NormAct(nn.Sequential):
+    """A norm, and what stood behind it inside of one layer: `norm`, then the others by their own names.
+
+    >>> parts = {"norm": nn.GroupNorm(2, 8), "act": nn.Hardswish()}
+    >>> NormAct(parts)(torch.randn(2, 8, 5, 5)).shape
+    torch.Size([2, 8, 5, 5])
+    """
+
+    norm: nn.Module
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__(OrderedDict(parts))
+
+
+def followed(source: Description, module: nn.Module, made: nn.Module) -> nn.Module:
+    """The new norm, with what stands behind the old one inside of its layer."""
+    if not source.tail:
+        return made
+    if "norm" in source.tail:
+        raise KeptError("has a layer of its own that is called norm")
+    new = NormAct({"norm": made, **{name: module.get_submodule(name) for name in source.tail}})
+    new.training = module.training
+    return new
+
+
 def _learns(module: nn.Module) -> tuple[bool, bool]:
     """Whether a layer has a weight, and a bias."""
     return getattr(module, "weight", None) is not None, getattr(module, "bias", None) is not None
@@ -90,7 +116,7 @@ def of_flexnorm(source: Description, module: Any, target: str, count: Callable[[
         raise KeptError("is one already")
     ran = source.kind in ("batch", "sync")
     tracks: dict[str, Any] = {"track_running_stats": module.track_running_stats if ran else True}
-    if ran or getattr(module, "running_mean", None) is not None:
+    if (ran or getattr(module, "running_mean", None) is not None) and hasattr(module, "momentum"):
         tracks["momentum"] = module.momentum
     if target == "sync":
         if source.layout == "last" or source.activation is not None:
@@ -135,7 +161,7 @@ def _same(source: Description, module: Any, weight: bool, bias: bool, options: d
             return None if bias else nn.RMSNorm(list(shape), **options)
         alone = source.kind == "layer" or (source.kind == "group" and source.groups == 1)
         return nn.LayerNorm(list(shape), bias=bias or not weight, **options) if alone else None
-    if source.layout == "pixel" or source.kind == "rms":
+    if source.layout == "pixel" or source.kind in ("rms", "frozen"):
         return None
     options["affine"] = weight
     if source.kind in ("batch", "sync"):
@@ -173,7 +199,7 @@ def folded(source: Description, module: Any, model: nn.Module) -> ChannelAffine:
     made.weight.copy_(above - at)
     made.bias.copy_(zero)
     for name, learned in (("weight", weight), ("bias", bias)):
-        like = module._parameters[name]
+        like = module._parameters.get(name)
         made.get_parameter(name).requires_grad_(like.requires_grad if learned and like is not None else False)
     made.train(module.training)
     take_place(module, made)

@@ -113,6 +113,8 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
         rule = None
         if isinstance(module, LazyModuleMixin):
             rule, instead = "a lazy batch norm gets its channels at the first call", "one call of the model first"
+        elif "forward" in module.__dict__:
+            rule, instead = "a batch norm whose forward was replaced would lose that", "convert_sync_batchnorm before"
         elif type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
             rule = "a batch norm with a forward of its own would lose what that does"
             instead = "convert_sync_batchnorm of the parts without it; SyncBatchNorm in the class itself"

@@ -2,10 +2,13 @@
 
 import copy
 import pickle
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torch.nn.utils.prune
 from torch import nn
@@ -16,7 +19,7 @@ from flexnorm import Norm, ShapeError, SpecError, calibrate, explain, given
 from flexnorm.conversion import ChannelAffine, SyncBatchNorm, UnitOffsetNorm, convert, convert_sync_batchnorm
 from flexnorm.images import ChannelGroupNorm, default_groups
 from flexnorm.sequences import TokenGroupNorm
-from flexnorm.transition import Transition, finish
+from flexnorm.transition import Transition, advance, finish
 
 F32 = torch.finfo(torch.float32).eps
 
@@ -520,7 +523,6 @@ class Ghost(nn.BatchNorm2d):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Activated(8, nn.Hardswish()),
         lambda: Unbiased(8),
         lambda: Ghost(8),
         lambda: Outside(8),
@@ -646,6 +648,11 @@ BAD = {
     "steps to a wrapper": ({"steps": 5, "to": lambda n, m: nn.Sequential(m)}, SpecError, "does not hold the old"),
     "zeros of none": ({"zero_init": "bn"}, SpecError, "norms in the model"),
     "zeros without weight": ({"zero_init": "2"}, SpecError, "sets the weight"),
+    "zeros of no kind": ({"zero_init": 3}, SpecError, "zero_init is True, False or names"),
+    "zeros of nothing": ({"zero_init": None}, SpecError, "zero_init is True, False or names"),
+    "zeros of numbers": ({"zero_init": [0, 1]}, SpecError, "zero_init is True, False or names"),
+    "an array of groups": ({"groups": np.array([2, 4])}, SpecError, "groups is a number"),
+    "arrays of groups": ({"groups": {"0": np.array([2, 4])}}, SpecError, "whole number of 1 or more"),
     "no residual blocks": ({"zero_init": True}, SpecError, "none found"),
     "nothing to do": ({"to": "torch"}, SpecError, "2 BatchNorm2d: is torch's already"),
     "probe": ({"probe": torch.randn(2, 5, 4, 4)}, SpecError, "the probe is what the model is called with"),
@@ -672,6 +679,44 @@ def test_on_an_error_nothing_has_changed(name, dry_run):
     assert "received:" in str(info.value)
     assert "instead:" in str(info.value)
     assert state_of(model) == before
+
+
+@pytest.mark.parametrize("dry_run", ["no", 1, None])
+def test_dry_run_is_a_bool(dry_run):
+    model = small()
+    before = state_of(model)
+    with pytest.raises(SpecError, match="dry_run is True or False"):
+        convert(model, dry_run=dry_run)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("options", [{"zero_init": "0"}, {"to": "affine"}, {"to": "torch", "zero_init": "0"}])
+def test_weights_that_cannot_be_written_are_found_before_anything_changes(options, dry_run):
+    with torch.inference_mode():
+        inference = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)).eval()
+    expanded = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)).eval()
+    expanded[0].weight = nn.Parameter(torch.ones(1).expand(4))
+    for model, said in ((inference, "weight of 0, an inference tensor"), (expanded, "weight of 0, expanded")):
+        before = state_of(model)
+        with pytest.raises(SpecError, match=said):
+            convert(model, dry_run=dry_run, **options)
+        assert state_of(model) == before
+    with torch.inference_mode():
+        convert(inference, **options)
+    assert options.get("to") or not inference[0].weight.any()
+
+
+def test_names_with_brackets_are_names():
+    model = nn.Sequential()
+    model.add_module("norm[0]", nn.BatchNorm2d(8))
+    model.add_module("norm0", nn.BatchNorm2d(8))
+    counts = {"norm[0]": 4, "norm0": 2}
+    model, report = convert(model, {"norm[0]": "group", "norm0": "group"}, groups=counts, zero_init="norm[0]")
+    assert [row[3] for row in report.rows] == ["4", "2"]
+    assert [bool(m.weight.any()) for m in model] == [False, True]
+    _, report = convert(model, "torch", where=["norm[0]"], dry_run=True)
+    assert [row[2] for row in report.rows] == ["GroupNorm", "kept"]
 
 
 def test_models_that_cannot_be_converted():
@@ -780,6 +825,95 @@ def test_a_probe_leaves_buffers_of_any_kind():
         assert model.training
 
 
+class Busy(nn.Module):
+    """A forward that does what a model may do beside its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.calls, self.log, self.table = nn.BatchNorm1d(4), 0, [], {"kept": 1}
+        self.register_buffer("cache", None)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = self.middle = self.norm(x)
+        self.log.append(x)
+        self.table["x"] = x
+        self.count += 1
+        self.cache = torch.zeros(3)
+        self.register_buffer("late", torch.ones(2))
+        self.training = not self.training
+        noise = random.random() + np.random.rand() + torch.rand(())
+        return x + self.middle * noise * (0 if self.calls > 1 else 1)
+
+
+def assert_idle(model, states):
+    assert model.calls == model.count == 0
+    assert model.log == []
+    assert model.table == {"kept": 1}
+    assert model.cache is None
+    assert list(model._buffers) == ["cache", "count"]
+    assert not hasattr(model, "last")
+    assert model.training
+    assert states == random_states()
+
+
+def random_states():
+    return random.getstate(), repr(np.random.get_state()), torch.random.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda m, x: convert(m, "batch", probe=x, dry_run=True),
+        lambda m, x: convert(m, "batch", probe=x),
+        lambda m, x: explain(m, x),
+        lambda m, x: convert(m, "batch", zero_init=True),
+        lambda m, x: convert(m, "group", zero_init=True, dry_run=True),
+    ],
+)
+def test_a_model_is_as_idle_as_before(look):
+    model, x = Busy(), torch.randn(5, 4)
+    states = random_states()
+    result = look(model, x)
+    assert_idle(model, states)
+    assert not any(isinstance(value, torch.fx.Proxy) for m in model.modules() for value in vars(m).values())
+    pickle.dumps(model)
+    if isinstance(result, tuple) and result[1].changes:  # both runs had the same numbers at random
+        assert result[1].changes[""] <= 64 * F32
+
+
+def test_a_compiled_model_is_probed_as_it_was_written():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    plain, x = copy.deepcopy(model), torch.randn(2, 3, 8, 8)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    before = compiled(x)
+    plain(x)
+    _, report = convert(compiled, "group", probe=x)
+    _, expected = convert(plain, "group", probe=x)
+    assert report.changes[""] == expected.changes[""] > 0.1
+    torch.testing.assert_close(compiled(x), plain(x))
+    assert (compiled(x) - before).abs().max() > 0.1
+    torch.compiler.reset()
+
+
+def test_a_probe_needs_values():
+    lazy = nn.Sequential(nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(3))
+    x = torch.randn(2, 4, 3, 3)
+    for dry_run in (True, False):
+        with pytest.raises(SpecError, match=r"2\.weight: UninitializedParameter[\s\S]*one call of the model"):
+            convert(lazy, probe=x, dry_run=dry_run)
+    assert type(lazy[2]) is nn.LazyLinear
+    assert type(lazy[0]) is nn.BatchNorm2d
+    meta = nn.Sequential(nn.BatchNorm2d(4)).to("meta")
+    for model, probe in ((meta, x), (meta, x.to("meta")), (meta, (2, 4, 3, 3)), (nn.BatchNorm2d(4), x.to("meta"))):
+        with pytest.raises(SpecError, match="a probe needs values"):
+            convert(model, probe=probe)
+    convert(lazy)
+    convert(meta)
+
+
 def test_the_report_is_a_table():
     _, report = convert(small(), "group", dry_run=True)
     lines = str(report).splitlines()
@@ -812,6 +946,92 @@ def test_torchs_encoder_does_not_go_on_computing_layer_norm():
         assert (other(x) - model(x)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("way", ["convert", "one layer", "finish", "other"])
+def test_torchs_encoder_has_its_fast_path_back(way):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    model.layers[1].activation_relu_or_gelu = 0  # somebody's own decision
+
+    def state():
+        return [m.activation_relu_or_gelu for m in model.layers], model.use_nested_tensor
+
+    before, x = state(), torch.randn(2, 5, 8)
+    expected = model(x)
+    if way == "finish":
+        convert(model, lambda name, norm: nn.LayerNorm(8), steps=1)
+        off = state()
+        finish(model, early=True)
+    elif way == "one layer":
+        convert(model, "layer", where="layers.0.norm1")
+        off = [0, 0], state()[1]
+        assert state()[0] == [0, 0]
+        convert(model, "rms", where="layers.0.norm2")
+        convert(model, {"layers.0.norm1": "torch"})
+        assert state() == off  # norm2 is another still
+        convert(model, lambda name, norm: nn.LayerNorm(8), where="layers.0.norm2")
+        off = [0, 0], False
+    else:
+        if way == "other":
+            convert(model, lambda name, norm: Twice(8))
+        else:
+            convert(model, "layer")
+        off = state()
+        convert(model, {Twice: lambda name, norm: nn.LayerNorm(8)} if way == "other" else "torch")
+    assert off == ([0, 0], False)
+    assert state() == before == ([1, 0], True)
+    assert all("fast" not in key for m in model.modules() for key in vars(m))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+class Twice(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_an_encoder_whose_norms_are_subclasses_computes_them():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, _ = convert(nn.TransformerEncoder(layer, 1).eval(), lambda name, norm: Twice(8))
+    x = torch.randn(2, 5, 8)
+    slow = model(x).detach()  # gradients are wanted
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), slow)
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="there is no gloo")
+def test_what_is_wrapped_for_distributed_training(tmp_path):
+    """Its list of buffers is that of the model; otherwise torch broadcasts those that are gone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        x = torch.randn(4, 3, 8, 8)
+        for way in ("convert", "probe", "steps", "first"):
+            model = filled(small())
+            plain, _ = convert(copy.deepcopy(model), "group")
+            if way == "first":
+                model, _ = convert(model, "group", steps=1)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            if way == "steps":
+                convert(wrapped, "group", steps=1)
+            elif way != "first":
+                convert(wrapped, "group", probe=x if way == "probe" else None)
+            if way in ("steps", "first"):
+                wrapped(x).sum().backward()
+                advance(wrapped)
+                wrapped.zero_grad()
+                finish(wrapped)
+            assert {id(t) for t in wrapped.modules_buffers} == {id(t) for t in model.buffers()}
+            plain.eval()
+            wrapped.eval()  # dropout
+            y = wrapped(x)
+            y.sum().backward()
+            torch.testing.assert_close(y, plain(x))
+            plain(x).sum().backward()
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-4)
+    finally:
+        dist.destroy_process_group()
+
+
 # --- transition ------------------------------------------------------------------------------------------------------
 
 
@@ -823,7 +1043,7 @@ def test_a_transition_blends_step_by_step():
     old[1]._forward_hooks.clear()
     params = dict(model.named_parameters())
     model, report = convert(model, "group", groups=2, steps=4)
-    assert report.rows[0][-1] == "over 4 steps"
+    assert report.rows[0][-1] == "over 4 steps of advance(model)"
     assert {id(p) for p in model.parameters()} == {id(p) for p in params.values()}
     group = nn.GroupNorm(2, 8)
     group.load_state_dict({key: old[1].state_dict()[key] for key in ("weight", "bias")})
@@ -844,6 +1064,7 @@ def test_a_transition_blends_step_by_step():
         for ours, theirs in zip(grads, torch.autograd.grad(z.square().sum(), list(old.parameters())), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(model[1].old.running_var, old[1].running_var)
+        advance(model)
         if step == 1:  # the state goes on
             again, _ = convert(copy.deepcopy(old), "group", groups=2, steps=4)
             again.load_state_dict(model.state_dict())
@@ -874,20 +1095,128 @@ def test_a_transition_of_a_model_that_is_a_norm_can_end_early():
     assert type(finish(model, early=True)) is SyncBatchNorm
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_what_checkpointing_computes_again_counts_once(use_reentrant):
-    model, _ = convert(filled(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))), "group", steps=4)
-    plain = copy.deepcopy(model)
-    for step in range(3):
-        x = torch.randn(4, 3, 5, 5, requires_grad=True)
-        y = checkpoint(model, x, use_reentrant=use_reentrant)
-        z = plain(x)
-        grads = torch.autograd.grad(z.square().sum(), list(plain.parameters()))
+class Blended(nn.Module):
+    """Two convolutions, and behind each a blend of torch's norms, in float64."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.a, self.parts = 0.0, copy.deepcopy(model).double()
+
+    def forward(self, x):
+        for conv, norm in ((self.parts[0], self.parts[1]), (self.parts[3], self.parts[4])):
+            y = conv(x)
+            group = F.group_norm(y, 2, norm.weight, norm.bias, norm.eps)
+            x = torch.tanh((1 - self.a) * norm(y) + self.a * group)
+        return x
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model, **options):
+        super().__init__()
+        self.model, self.options = model, options
+
+    def forward(self, x):
+        return checkpoint(self.model, x, **self.options) if self.options else self.model(x)
+
+
+def two_norms(twice=False):
+    norm, tanh = nn.BatchNorm2d(8), nn.Tanh()
+    other = norm if twice else nn.BatchNorm2d(8)
+    return filled(nn.Sequential(nn.Conv2d(8, 8, 1), norm, tanh, nn.Conv2d(8, 8, 1), other, tanh))
+
+
+def assert_gradients(model, oracle):
+    """Of float32 against float64: sums of some hundred terms, each through two norms, whose sigma is above 0.1."""
+    for p, q in zip(model.parameters(), oracle.parameters(), strict=True):
+        assert (p.grad - q.grad).abs().max() <= 1e3 * F32 * q.grad.abs().max().clamp(min=1)
+
+
+@pytest.mark.parametrize("way", ["plain", "reentrant", "checkpoint"])
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize("order", ["0a1b2c", "012abc", "012cba", "01a2bc"])
+def test_gradients_are_those_of_the_blend_in_any_order_of_passes(order, twice, way):
+    """Digits are forward passes, letters their backward; a step is moved when all are done."""
+    model = two_norms(twice)
+    oracle = Blended(model)
+    model, _ = convert(model, "group", groups=2, steps=3)
+    runs = Checkpointed(model, **{"plain": {}, "reentrant": {"use_reentrant": True}}.get(way, {"use_reentrant": False}))
+    for step in range(5):
+        oracle.a = min(step / 3, 1)
+        x = [torch.randn(4, 8, 3, 3, requires_grad=True) for _ in range(3)]
+        wide = [t.detach().double() for t in x]
+        dy = torch.randn(4, 8, 3, 3)
         model.zero_grad()
-        y.square().sum().backward()
-        for p, expected in zip(model.parameters(), grads, strict=True):
-            torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-4)
+        oracle.zero_grad()
+        y, z = {}, {}
+        for char in order:
+            if char.isdigit():
+                y[char], z[char] = runs(x[int(char)]), oracle(wide[int(char)])
+                assert (y[char] - z[char]).abs().max() <= 1e3 * F32
+            else:
+                number = str("abc".index(char))
+                y[number].backward(dy)
+                z[number].backward(dy.double())
+        assert_gradients(model, oracle)
+        advance(runs)
         assert int(model[1].step) == step + 1
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpoint"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_gradients_are_those_of_the_blend(backend, way):
+    model = two_norms()
+    oracle = Blended(model)
+    model, _ = convert(model, "group", groups=2, steps=3)
+    runs = Checkpointed(model, **({} if way == "plain" else {"use_reentrant": False}))
+    torch.compiler.reset()
+    compiled = torch.compile(runs, backend=backend, fullgraph=True)
+    for step in range(5):
+        oracle.a = min(step / 3, 1)
+        x, dy = torch.randn(4, 8, 3, 3), torch.randn(4, 8, 3, 3)
+        model.zero_grad()
+        oracle.zero_grad()
+        y, z = compiled(x), oracle(x.double())
+        assert (y - z).abs().max() <= 1e3 * F32
+        y.backward(dy)
+        z.backward(dy.double())
+        assert_gradients(model, oracle)
+        advance(compiled)
+    torch.compiler.reset()
+
+
+def test_a_step_that_moves_before_backward_is_no_wrong_gradient():
+    for compiled in (False, True):
+        model = two_norms()
+        oracle = Blended(model)
+        model, _ = convert(model, "group", groups=2, steps=3)
+        x = torch.randn(4, 8, 3, 3)
+        y = torch.compile(model, backend="aot_eager", fullgraph=True)(x) if compiled else model(x)
+        advance(model)
+        oracle(x.double()).sum().backward()
+        if compiled:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
+        else:
+            y.sum().backward()
+            assert_gradients(model, oracle)
+    torch.compiler.reset()
+
+
+def test_nothing_but_advance_moves_a_step():
+    model, _ = convert(small(), "group", steps=3)
+    for training in (True, False):
+        model.train(training)(torch.randn(2, 3, 8, 8))
+        assert {int(m.step) for m in model.modules() if isinstance(m, Transition)} == {0}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer.register_step_post_hook(lambda *_: advance(model))
+    optimizer.step()
+    assert {int(m.step) for m in model.modules() if isinstance(m, Transition)} == {1}  # of that in two places, too
+    with pytest.raises(SpecError, match=r"1 of 3 steps[\s\S]*advance\(model\) after every step"):
+        finish(model)
+    finish(model, early=True)
+    advance(model)  # of a loop that goes on
+    with pytest.raises(SpecError, match="model with transitions"):
+        advance(optimizer)
 
 
 def test_a_transition_passes_on_masks_and_labels():
@@ -989,6 +1318,254 @@ def test_branches_of_equal_length_are_no_residual_block():
     assert [row[0] for row in report.rows if row[-1] == "weight 0"] == ["last"]
 
 
+def conv_norm(i, o, size=3, conv=nn.Conv2d, **options):
+    return nn.Sequential(conv(i, o, size, padding=size // 2, **options), nn.BatchNorm2d(o))
+
+
+class Standardized(nn.Conv2d):
+    """A convolution of others, which torch.fx would look into."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class Residual(nn.Module):
+    """y = relu(long(x) + short(x))"""
+
+    def __init__(self, long=None, short=None, join=lambda a, b: F.relu(a + b)):
+        super().__init__()
+        self.long = nn.Sequential(*conv_norm(8, 8), nn.ReLU(), *conv_norm(8, 8)) if long is None else long
+        self.short = nn.Identity() if short is None else short
+        self.join = join
+
+    def forward(self, x):
+        return self.join(self.long(x), self.short(x))
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Timed(nn.Module):
+    """Of a diffusion model: the branch adds something that is not of the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.time = conv_norm(8, 8), conv_norm(8, 8), nn.Linear(4, 8)
+
+    def forward(self, x, t):
+        return x + self.b(self.a(x) + self.time(t)[:, :, None, None])
+
+
+class Split(nn.Module):
+    """Of Res2Net: parts of the channels are added inside of the branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = conv_norm(4, 4), conv_norm(4, 4), conv_norm(8, 8)
+
+    def forward(self, x):
+        a, b = torch.split(x, 4, 1)
+        a = F.relu(self.first(a))
+        b = F.relu(self.second(a + b))
+        return x + self.last(torch.cat([a, b], 1)).reshape(x.shape)
+
+
+def wide_convs(conv, **options):
+    return nn.Sequential(*conv_norm(8, 8, conv=conv, **options), nn.ReLU(), *conv_norm(8, 8, conv=conv))
+
+
+ENDS = {  # blocks, and the norm that ends the residual branch
+    "identity": (Residual, "long.4"),
+    "other order": (lambda: Residual(join=lambda a, b: b.add(a, alpha=1.0)), "long.4"),
+    "scaled": (lambda: Residual(join=lambda a, b: 0.2 * a + b), "long.4"),
+    "downsampling": (lambda: Residual(wide_convs(nn.Conv2d, stride=2), conv_norm(8, 8, 1, stride=2)), "long.4"),
+    "pooling": (
+        lambda: Residual(wide_convs(nn.Conv2d, stride=2), nn.Sequential(nn.AvgPool2d(2), *conv_norm(8, 8, 1))),
+        "long.4",
+    ),
+    "max pooling": (lambda: Residual(wide_convs(nn.Conv2d, stride=2), nn.MaxPool2d(2)), "long.4"),
+    "slices": (lambda: Residual(wide_convs(nn.Conv2d, stride=2), join=lambda a, b: a + b[:, :, ::2, ::2]), "long.4"),
+    "subclasses": (
+        lambda: Residual(wide_convs(Standardized, stride=2), conv_norm(8, 8, 1, Standardized, stride=2)),
+        "long.4",
+    ),
+    "layer scale": (lambda: Residual(nn.Sequential(*wide_convs(nn.Conv2d), Scale(), nn.Dropout(0.1))), "long.4"),
+    "time": (Timed, "b.1"),
+    "split": (Split, "last.1"),
+    "upsampling": (
+        lambda: Residual(
+            nn.Sequential(nn.Upsample(scale_factor=2), *wide_convs(nn.Conv2d)),
+            nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 1)),
+        ),
+        "long.5",
+    ),
+}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("name", ENDS)
+def test_ends_of_residual_branches(name, alone):
+    make, end = ENDS[name]
+    model = make() if alone else nn.ModuleDict({"stem": nn.Conv2d(3, 8, 1), "block": make(), "next": Residual()})
+    _, report = convert(model, "group", zero_init=True)
+    zeros = [row[0] for row in report.rows if "weight 0" in row[-1]]
+    assert zeros == ([end] if alone else [f"block.{end}", "next.long.4"])
+    block = model if alone else model["block"]
+    x = torch.rand(2, 8, 8, 8)
+    if not alone:
+        short = block.short(x) if isinstance(block, Residual) else x
+        short = short[:, :, ::2, ::2] if name == "slices" else short
+        y = block(x, torch.randn(2, 4)) if name == "time" else block(x)
+        assert torch.equal(y, F.relu(short) if name not in ("time", "split", "slices", "scaled") else short)
+
+
+class Fused(nn.Module):
+    """Of HRNet: what comes from two resolutions is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine, self.coarse = conv_norm(8, 8), conv_norm(8, 8, stride=2)
+        self.up = nn.Sequential(*conv_norm(8, 8, 1), nn.Upsample(scale_factor=2))
+
+    def forward(self, x):
+        parts = [F.relu(self.fine(x)), F.relu(self.coarse(x))]
+        return F.relu(parts[0] + self.up(parts[1]))
+
+
+class FusedList(Fused):
+    def forward(self, x):
+        return x[0] + self.up(x[1])
+
+
+class Parallel(nn.Module):
+    """Of RepVGG: convolutions that are added, and become one later."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.small, self.large = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), conv_norm(8, 8)
+
+    def forward(self, x):
+        return F.relu(self.large(x) + self.small(x) + x)
+
+
+class ParallelNorm(Parallel):
+    def forward(self, x):
+        return F.relu(self.large(x) + self.norm(x))
+
+
+class AddingUnet(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.down = nn.Sequential(*conv_norm(8, 8, stride=2), nn.ReLU())
+        self.inner = inner
+        self.up = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2), nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        return F.relu(self.up(self.inner(self.down(x))) + x)
+
+
+class Branching(Residual):
+    """What torch.fx cannot trace: it asks for the values of shapes."""
+
+    def forward(self, x):
+        return super().forward(x) if x.shape[1] == 8 else x
+
+
+TIE, ELSE, MANY = "two branches of equal length", "something else than its input", "one of several branches"
+LEFT = {  # blocks with additions of another kind, their norms that are left alone, and why
+    "tie": (lambda: Residual(conv_norm(8, 8), conv_norm(8, 8)), ["long.1", "short.1"], TIE),
+    "two resolutions, deeper": (
+        lambda: Residual(nn.Sequential(*wide_convs(nn.Conv2d), *conv_norm(8, 8)), wide_convs(nn.Conv2d)),
+        ["long.6"],
+        "another of several layers",
+    ),
+    "two layers": (
+        lambda: Residual(wide_convs(nn.Conv2d), nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1))),
+        ["long.4"],
+        "another of several layers",
+    ),
+    "two resolutions": (Fused, ["up.1"], "lower resolution and back"),
+    "two inputs": (FusedList, ["up.1"], ELSE),
+    "parallel": (Parallel, ["large.1"], MANY),
+    "parallel norms": (ParallelNorm, ["large.1"], MANY),
+    "u-net": (lambda: AddingUnet(nn.Identity()), ["up.1"], "lower resolution and back"),
+    "u-net of blocks": (lambda: AddingUnet(Residual()), ["up.1"], "residual blocks inside"),
+    "trunk": (
+        lambda: Residual(nn.Sequential(Residual(), Residual(), *conv_norm(8, 8))), ["long.3"], "residual blocks inside",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_branches_that_are_none_of_a_residual_block_are_left_with_the_reason(name):
+    make, expected, reason = LEFT[name]
+    model = nn.ModuleDict({"block": make(), "next": Residual()})
+    _, report = convert(model, "group", zero_init=True)
+    rows = {row[0]: row for row in report.rows}
+    for end in expected:
+        assert "weight 0" not in rows[f"block.{end}"][-1]
+        assert reason in rows[f"block.{end}"][-1]
+    zeros = [row[0] for row in report.rows if "weight 0" in row[-1]]
+    inner = {"u-net of blocks": ["block.inner.long.4"], "trunk": ["block.long.0.long.4", "block.long.1.long.4"]}
+    assert zeros == [*inner.get(name, []), "next.long.4"]
+    if name not in inner:
+        with pytest.raises(SpecError, match=f"none found; {expected[0]} ends"):
+            convert(make(), "group", zero_init=True)
+
+
+def test_what_cannot_be_traced_is_in_the_report():
+    model = nn.Sequential(Residual(), Branching(), Residual())
+    model, report = convert(model, "group", zero_init=True)
+    assert [row[0] for row in report.rows if "weight 0" in row[-1]] == ["0.long.4", "2.long.4"]
+    assert report.rows[-1] == (
+        "1",
+        "Branching",
+        "",
+        "",
+        "",
+        "",
+        "zero_init: torch.fx cannot trace Branching: TraceError",
+    )
+    assert all(m.weight.all() for m in model[1].modules() if isinstance(m, ChannelGroupNorm))
+    with pytest.raises(SpecError, match=r"torch\.fx cannot trace Branching"):
+        convert(Branching(), "group", zero_init=True)
+
+
+def test_zeros_alone():
+    model, _ = convert(nn.Sequential(Residual(), Residual()), "group")
+    kept = dict(model.named_modules())
+    _, report = convert(model, "group", zero_init=True, dry_run=True)
+    assert model[0].long[4].weight.all()
+    again, report = convert(model, "group", zero_init=True, probe=torch.randn(2, 8, 6, 6))
+    assert dict(again.named_modules()) == kept
+    assert [row[2] for row in report.rows[:4]] == ["kept"] * 4
+    zeros = [row[0] for row in report.rows if "weight 0" in row[-1]]
+    assert zeros == ["0.long.4", "1.long.4"]
+    x = torch.rand(2, 8, 6, 6)
+    assert torch.equal(model(x), x)
+    assert model[0].long[1].weight.all()
+    model[0].long[4].reset_parameters()
+    assert not model[0].long[4].weight.any()
+    with pytest.raises(SpecError, match="4 ChannelGroupNorm: is one already"):
+        convert(model, "group", zero_init=True, steps=5)
+    theirs, report = convert(nn.Sequential(Residual(), Residual()).eval(), "torch", zero_init="1.long.4")
+    assert [bool(block.long[4].weight.any()) for block in theirs] == [True, False]
+    narrow, _ = convert(nn.Sequential(Residual(), Residual()), "torch", zero_init=True, where="0.*")
+    assert [bool(block.long[4].weight.any()) for block in narrow] == [False, True]
+    model = nn.Sequential(Residual(), Activated(8))
+    with pytest.raises(SpecError, match="norms that are converted, or are"):
+        convert(model, "torch", zero_init="1")  # nobody knows what it does
+    with pytest.raises(SpecError, match="a model is converted that has norms"):
+        convert(model, "torch")
+
+
 def test_a_unet():
     model = filled(Unet())
     by_hand = copy.deepcopy(model)
@@ -1025,6 +1602,49 @@ def test_resnets_of_torchvision(name):
     theirs.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(model(x), theirs(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize("name", ["r3d_18", "mc3_18", "r2plus1d_18"])
+def test_residual_blocks_of_videos(name):
+    """Their convolutions are subclasses."""
+    torchvision = pytest.importorskip("torchvision", reason="the models are its own")
+    with torch.device("meta"):
+        model = getattr(torchvision.models.video, name)(num_classes=3)
+    _, report = convert(model, "group", zero_init=True, dry_run=True)
+    blocks = [f"layer{layer}.{place}.conv2.1" for layer in (1, 2, 3, 4) for place in (0, 1)]
+    assert [row[0] for row in report.rows if "weight 0" in row[-1]] == blocks
+
+
+@pytest.mark.extras
+@pytest.mark.parametrize(
+    ("name", "blocks", "left"),
+    [
+        ("hrnet_w18_small", {"bn2": 18, "bn3": 5}, ("fuse_layers", "downsamp")),
+        ("res2net50_26w_4s", {"bn3": 16}, ("bns",)),
+        ("resnet50d", {"bn3": 16}, ()),
+        ("fastvit_t8", {}, ("conv_kxk",)),
+        ("repvgg_a0", {}, ("conv_1x1",)),
+    ],
+)
+def test_residual_blocks_of_timm(name, blocks, left):
+    """As many as there are BasicBlocks and Bottlenecks, whose last norms have these names."""
+    timm = pytest.importorskip("timm", reason="the models are its own")
+    with torch.device("meta" if blocks else "cpu"):  # BatchNormAct2d is tried with numbers
+        model = timm.create_model(name, num_classes=3)
+    kept = {cls: "group" for cls in {type(m) for m in model.modules()} if cls.__name__ == "BatchNormAct2d"}
+    made = [type(m).__name__ for m in model.modules()]
+    assert sum(blocks.values()) == sum(made.count(kind) for kind in ("BasicBlock", "Bottleneck", "Bottle2neck"))
+    if not blocks:
+        with pytest.raises(SpecError, match=rf"none found; \S*{left[0]}"):
+            convert(model, {nn.BatchNorm2d: "group", **kept}, zero_init=True, dry_run=True)
+        return
+    _, report = convert(model, "group", zero_init=True, dry_run=True)
+    zeros = [row[0].rpartition(".")[2] for row in report.rows if "weight 0" in row[-1]]
+    assert {end: zeros.count(end) for end in zeros} == blocks
+    notes = [row[0] for row in report.rows if "zero_init: ends" in row[-1]]
+    assert {word for word in left if any(word in name for name in notes)} == set(left)
+    assert all(any(word in name for word in left) for name in notes)
 
 
 @pytest.mark.extras

@@ -269,6 +269,17 @@ def test_what_weighs_more_decides():
 
 
 @extras
+def test_what_weighs_nothing_may_be_nan():
+    ids = planted_ids([4, 5, 3])
+    x, weights = responses_that_correlate(ids, 3, 7), torch.rand(50, 5) + 0.5
+    weights[torch.rand(50, 5) < 0.3] = 0
+    expected = correlate_channels(x.where(weights[:, None] > 0, 0), 3, mask=weights)
+    assert expected == Partition(ids, count=3)
+    for filler in (float("nan"), float("inf"), 1e30):
+        assert correlate_channels(x.where(weights[:, None] > 0, filler), 3, mask=weights) == expected
+
+
+@extras
 def test_constant_channels_correlate_with_nothing():
     ids = planted_ids([4, 5, 3])
     x = responses_that_correlate(ids, 1, 0)
@@ -454,6 +465,39 @@ def test_padding_and_other_images_change_nothing():
     torch.testing.assert_close(norm(x)[1:2], norm(x[1:2]), rtol=1e-5, atol=2e-6)
     with given(mask=mask):
         assert torch.equal(nn.Sequential(norm)(x), norm(x, mask))
+
+
+def test_soft_groups_of_complex_channels():
+    """Against the definition, written out; shares are real."""
+    norm = SoftGroupNorm(2, 6, dtype=torch.complex128)
+    assert (norm.logits.dtype, norm.weight.dtype) == (torch.float64, torch.complex128)
+    x = torch.randn(3, 6, 4, 5, dtype=torch.complex128) * 3 + (2 - 5j)
+    y = norm(x)
+    y.abs().sum().backward()
+    assert norm.logits.grad.abs().max() > 0
+    p = norm.logits.detach().softmax(1)
+    for n in range(3):
+        means, variances = torch.zeros(2, dtype=torch.complex128), torch.zeros(2, dtype=torch.float64)
+        for g in range(2):
+            w = p[:, g].view(6, 1, 1).expand(6, 4, 5)
+            means[g] = (w * x[n]).sum() / w.sum()
+            variances[g] = (w * (x[n] - means[g]).abs().square()).sum() / w.sum()
+        for c in range(6):
+            mean = (p[c] * means).sum()
+            var = (p[c] * variances).sum()
+            expected = (x[n, c] - mean) / (var + norm.eps).sqrt()
+            torch.testing.assert_close(y[n, c].detach(), expected, rtol=1e-11, atol=1e-11)  # float64
+
+
+def test_logits_that_are_nan_have_no_largest():
+    norm = SoftGroupNorm(2, 5)
+    nn.init.constant_(norm.logits[3:, 1].detach(), float("nan"))
+    for harden in (norm.harden, norm.hardened):
+        with pytest.raises(SpecError, match=r"NaN in the logits of channels \[3, 4\]"):
+            harden()
+    nn.init.zeros_(norm.logits)
+    nn.init.constant_(norm.logits[:, 0].detach(), -float("inf"))  # a group that is closed
+    assert norm.harden().ids.tolist() == [0] * 5
 
 
 def test_soft_groups_begin_where_told():

@@ -43,11 +43,11 @@ ORDER = [
     "drawing",
     "probe",
     "inspection",
-    "recommendation",
     "transition",
     "synchronized",
     "description",
     "successors",
+    "recommendation",
     "residual",
     "conversion",
     "privacy",
@@ -124,8 +124,8 @@ def test_the_core_does_not_load_an_adapter(name):
 
 def test_public_names():
     assert set(flexnorm.__all__) == {
-        "Moments", "Norm", "Partition", "ShapeError", "SpecError", "calibrate", "convert", "explain", "given", "moments",
-        "normalize", "recommend",
+        "Moments", "Norm", "Partition", "ShapeError", "SpecError", "calibrate", "convert", "explain", "given",
+        "moments", "normalize", "recommend",
     }  # fmt: skip
     public = {
         name for name, value in vars(flexnorm).items() if not name.startswith("_") and not inspect.ismodule(value)

@@ -419,6 +419,22 @@ def test_an_adapter_for_graphs():
     assert e.names[0] == "torch_geometric.nn.InstanceNorm(6) of batch=batch"
 
 
+def test_a_layer_that_changes_its_moments_is_known_as_nothing():
+    from flexnorm.grouping import SoftGroupNorm
+
+    norm = SoftGroupNorm(2, 6)
+    x = torch.randn(2, 6, 8, 8)
+    e = explain(norm, x)
+    assert (e.names, e.peer, e.gains, e.offsets) == ((), None, None, None)
+    said = dict(e.facts())
+    assert said["note"].startswith("its groups overlap")
+    assert (said["known as"], said["invariant to"]) == ("no other name", "what its note says")
+    channel, sample = torch.rand(6, 1, 1) + 0.5, torch.rand(2, 1, 1, 1) + 0.5
+    assert (norm(x * channel) - norm(x)).abs().max() > 1e-2  # what instance norm is blind to
+    torch.testing.assert_close(norm(x * sample + sample), norm(x), rtol=1e-3, atol=1e-3)  # eps, of a variance about 1
+    assert explain(nn.Sequential(norm), x).rows[0][5] == ""
+
+
 def test_running_statistics_cumulative_and_sharded():
     norm = Norm("n c -> c", c=3, track_running_stats=True)
     for mode in (True, False):
