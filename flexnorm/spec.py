@@ -201,7 +201,8 @@ class Spec:
     def refined(self, other: Spec) -> Spec:
         """The pattern of the largest sets that those of both are made of: "n c -> n" and "n c -> c" of "n c -> n c".
 
-        Axes are in the order of x, labels behind them. A label that is read at kept axes tells no sets apart that these do not.
+        Axes are in the order of x, labels behind them. A label that is read at kept axes tells no sets apart that these
+        do not.
         """
         found = list(self.sets.union(other.sets).atoms())
         atoms: list[Atom] = [axis for axis in self.x.atoms() if axis in found]  # in the order of x
