@@ -470,7 +470,7 @@ class Mixture(Norm):
             rule = f"a gate returns floating logits that broadcast to ({self._spec.sets} patterns), {shape} here{pair}"
             received = f"{type(self.gate).__name__}: {', '.join(map(shown, both)) or 'nothing'}"
             raise SpecError(say(rule, received=received, instead=f"logits of shape {shape}, or {shape[-1:]}"))
-        weights = [logits.to(m.m2.dtype).expand(shape).softmax(-1) for logits in both]
+        weights = [logits.to(m.m2.dtype).softmax(-1) for logits in both]
         return m.mixed(*weights) if self.mix == "moments" else m.mixed_results(weights[0], self.eps)
 
     def _said(self) -> str:
