@@ -7,7 +7,7 @@ JOBS ?= 2
 export FLEXNORM_BUILD ?= $(if $(shell command -v g++ || command -v c++),required,optional)
 KERNELS := setup.py $(wildcard flexnorm/kernels/cpu/*.cpp flexnorm/kernels/cpu/*.h)
 
-.PHONY: env demo test test-fast asan wheel bench bench-quick claims docs docs-check lint format clean
+.PHONY: env demo test test-long test-fast asan wheel bench bench-quick claims docs docs-check lint format clean
 
 env: .venv/ready .venv/built
 
@@ -27,10 +27,14 @@ demo: env
 	$(BIN)/python examples/tour.py
 
 test: env
-	$(BIN)/python -m pytest --quiet -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest --quiet -n $(JOBS) --dist worksteal -m "not long"
+
+# What trains for a while: claims, and three examples.
+test-long: env
+	$(BIN)/python -m pytest --quiet -n $(JOBS) --dist worksteal -m long
 
 test-fast: env
-	$(BIN)/python -m pytest --quiet -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest --quiet -n $(JOBS) -m "not slow and not long"
 
 # The C++ kernels under AddressSanitizer and UBSan, built beside the working tree's own. Needs g++.
 asan: env

@@ -1,9 +1,9 @@
-"""What mixtures of norms choose: Switchable Norm on digits, trained in batches of 2, 8 and 32.
+"""What mixtures of norms choose: Switchable Norm on digits, trained in batches of 2 and of 32.
 
     python examples/mixtures.py
 
 Its authors found that the weight of batch norm falls as batches shrink (Luo et al., 2019, of ResNets on ImageNet). Here
-it is a small net, equal numbers of images for all sizes, three seeds, and whatever comes out is printed.
+it is a small net, equal numbers of images for both sizes, three seeds, and whatever comes out is printed.
 """
 
 # %%
@@ -47,7 +47,7 @@ def trained(norm_layer, batch, seed, epochs=2, seen=400):
 
 # %% shares of instance, layer and batch norm, of both layers' means and variances together
 print("batch  accuracy   shares of instance, layer, batch")
-for batch in (2, 8, 32):
+for batch in (2, 32):
     found, shares = [], []
     for seed in range(3):
         model, accuracy = trained(SwitchableNorm, batch, seed)

@@ -135,7 +135,7 @@ def test_a_script_chooses_its_verdict_by_numbers(name):
 # --- the scripts ---
 
 
-@pytest.mark.slow(minutes=0.4)
+@pytest.mark.long
 @pytest.mark.extras
 @pytest.mark.parametrize("name", collect.ORDER)
 def test_a_script_comes_to_the_verdict_of_the_page(name):

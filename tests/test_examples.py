@@ -25,11 +25,12 @@ def test_tour(tmp_path):
 
 
 EXAMPLES = [path.name for path in sorted((ROOT / "examples").glob("*.py")) if path.name != "tour.py"]
+TRAIN = ["conversion.py", "group_search.py", "mixtures.py"]
 
 
 @pytest.mark.slow
 @pytest.mark.extras
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in TRAIN else n for n in EXAMPLES])
 def test_example_runs_and_says_something(name, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / name), str(tmp_path)],
