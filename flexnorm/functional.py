@@ -442,6 +442,14 @@ def _derived(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
+def _itself(y: Tensor) -> Tensor:
+    """A result that is no view of a tensor which nobody sees: `nn.ReLU(inplace=True)` may stand behind."""
+    if not y._is_view():
+        return y
+    same: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return same
+
+
 class _Normalize(torch.autograd.Function):
     """Saves x, the user's own operands and what the room keeps of the sets; nothing else of x's size."""
 
@@ -456,9 +464,9 @@ class _Normalize(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*operands, *kept)
         if not tracked:
-            return y
+            return _itself(y)
         ctx.mark_non_differentiable(*kept)
-        return y, *kept
+        return _itself(y), *kept
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -489,7 +497,7 @@ class _OfWhole(torch.autograd.Function):
         fields = (m.count, m.mean, m.m2, *([] if m.low is None else [m.low]))
         ctx.save_for_backward(*operands, *fields)
         ctx.mark_non_differentiable(*fields)
-        return room.apply(recipe, given, m), *fields
+        return _itself(room.apply(recipe, given, m)), *fields
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -596,7 +604,7 @@ class _Apply(torch.autograd.Function):
         recipe, room, _ = ctx.how = how
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mask, weight, bias, *fields)
-        return room.apply(recipe, Operands(x, mask, weight, bias), Moments(*fields))  # type: ignore[arg-type]
+        return _itself(room.apply(recipe, Operands(x, mask, weight, bias), Moments(*fields)))  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
