@@ -29,7 +29,7 @@ demo: env
 test: env
 	$(BIN)/python -m pytest --quiet -n $(JOBS) --dist worksteal -m "not long"
 
-# What trains for a while: claims, and three examples.
+# What trains for a while: claims, and some examples.
 test-long: env
 	$(BIN)/python -m pytest --quiet -n $(JOBS) --dist worksteal -m long
 

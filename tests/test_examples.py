@@ -25,7 +25,7 @@ def test_tour(tmp_path):
 
 
 EXAMPLES = [path.name for path in sorted((ROOT / "examples").glob("*.py")) if path.name != "tour.py"]
-TRAIN = ["conversion.py", "group_search.py", "mixtures.py"]
+TRAIN = ["conversion.py", "graphs.py", "group_search.py", "images.py", "mixtures.py"]
 
 
 @pytest.mark.slow
