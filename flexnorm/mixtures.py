@@ -701,7 +701,8 @@ def _with_one_left_side(patterns: Sequence[str]) -> list[Spec]:
     specs = [Spec.parse(pattern) for pattern in patterns]
     for spec in specs[1:]:
         if (spec.x, spec.mask) != (specs[0].x, specs[0].mask):
-            left = str(specs[0]).split(" -> ")[0]
+            finest = max(specs, key=lambda s: (len(list(s.x.atoms())), s.mask is not None))
+            left = str(finest).split(" -> ")[0]
             raise SpecError(
                 say(
                     "the patterns of a mixture have one left side: the finest that any of them needs",

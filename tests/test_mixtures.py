@@ -544,6 +544,13 @@ def test_errors_say_what_to_type(error, call):
         call()
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_left_side_to_type_is_the_finest(first):
+    patterns = ["n c h w -> n c", "n (g c) h w -> n g"]
+    with pytest.raises(SpecError, match=r'instead: +"n \(g c\) h w -> \.\.\."'):
+        Mixture([patterns[first], patterns[1 - first]], g=2)
+
+
 def test_a_call_that_fails_updates_nothing():
     norm = Mixture(["n c t, n t -> n c", "n c t, n t -> c"], c=4, affine="c", track_running_stats=True)
     with pytest.raises(ShapeError):
