@@ -113,9 +113,8 @@ def backward_statistics(
     -1 / sigma times their average. `own` are the moments of x, where it is normalized by others: with xhat of these,
     x - mean of x is sigma xhat and the distance of the means.
     """
+    own = moments if own is None else own
     n, sigma = divisor(moments.count), torch.where(moments.count > 0, moments.var + recipe.eps, 0.0).sqrt()
-    if own is None:
-        return Sums(-dmean * sigma, -2 * n * dm2 * sigma * sigma, None, None)
     apart = moments.mean - own.mean
     if moments.low is not None and own.low is not None:
         apart = apart + (moments.low - own.low)
