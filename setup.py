@@ -1,5 +1,6 @@
-"""Builds the C++ kernels (flexnorm/kernels/cpu): a plain shared library, of which Python and torch know nothing.
+"""Builds the C++ kernels (flexnorm/kernels/cpu): a module in CPython's limited API, without torch's headers.
 
+One build serves every CPython from 3.10 on, and every torch. Python's own headers are needed (Debian: python3-dev).
 Without a compiler the package is installed all the same, and says so; it then runs on the composition of torch's
 operations. FLEXNORM_BUILD=required makes a missing library an error, FLEXNORM_BUILD=none leaves it out.
 FLEXNORM_SANITIZE=1 builds it with AddressSanitizer and UBSan (`make asan`).
@@ -8,6 +9,7 @@ FLEXNORM_SANITIZE=1 builds it with AddressSanitizer and UBSan (`make asan`).
 import os
 import platform
 import sys
+import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +37,7 @@ class Kernels(build_ext):
     """Compiles kernel.cpp once for every vector width, and links all with entry.cpp."""
 
     def get_ext_filename(self, fullname):
-        return os.path.join(*fullname.split(".")) + ".so"
+        return os.path.join(*fullname.split(".")) + ".abi3.so"
 
     def get_export_symbols(self, ext):
         return []
@@ -43,6 +45,7 @@ class Kernels(build_ext):
     def build_extension(self, ext):
         """One warning, and no library, if it cannot be built."""
         target = Path(self.get_ext_fullpath(ext.name))
+        target.with_name("_kernels.so").unlink(missing_ok=True)  # that of versions before 0.2
         if WANTED == "none":
             target.unlink(missing_ok=True)  # that of an earlier build
             return
@@ -71,25 +74,28 @@ class Kernels(build_ext):
         with tempfile.TemporaryDirectory() as scratch:
 
             def compiled(width):
-                source = SOURCES / ("kernel.cpp" if width in WIDTHS else "entry.cpp")
+                source = SOURCES / ("kernel.cpp" if width in WIDTHS else f"{width}.cpp")
                 return compiler.compile(
                     [str(source)],
                     output_dir=os.path.join(scratch, width),
                     macros=[("ARCH", width)],
+                    include_dirs=[sysconfig.get_paths()["include"]],
                     extra_postargs=[*FLAGS, *threads, *WIDTHS.get(width, []), *sanitize],
                 )
 
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = [file for files in pool.map(compiled, [*WIDTHS, "entry"]) for file in files]
+                objects = [file for files in pool.map(compiled, [*WIDTHS, "entry", "module"]) for file in files]
+            # What Python brings is found when the module is loaded.
+            later = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
             static = [] if sanitize or sys.platform == "darwin" else ["-static-libstdc++", "-static-libgcc"]
-            compiler.link_shared_object(objects, str(target), extra_postargs=[*static, *sanitize], target_lang="c++")
+            compiler.link_shared_object(objects, str(target), extra_postargs=[*later, *static, *sanitize], target_lang="c++")
 
 
 class Wheel(bdist_wheel):
-    """The library serves every Python 3 and every torch of its system, so the wheel does too."""
+    """The module serves every CPython from 3.10 on, and every torch of its system; so the wheel does too."""
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        return "cp310", "abi3", super().get_tag()[2]
 
 
 sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
@@ -97,7 +103,7 @@ headers = sorted(str(path) for path in SOURCES.glob("*.h"))
 optional = WANTED != "required"  # then setuptools does not miss the file either
 setup(
     ext_modules=[
-        Extension("flexnorm.kernels.cpu._kernels", sources, depends=headers, language="c++", optional=optional)
+        Extension("flexnorm.kernels.cpu._kernels", sources, depends=headers, language="c++", optional=optional, py_limited_api=True)
     ],
     cmdclass={"build_ext": Kernels, "bdist_wheel": Wheel},
 )

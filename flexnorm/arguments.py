@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from .axes import Axes, bind, check_operand, check_shape, solve
 from .errors import ShapeError, SpecError, draw, nearest, say, shown
 from .kernels import Operands, Recipe, aten, stat_dtype
-from .partition import Partition, readable
+from .partition import Packed, Partition, readable
+from .pattern import MOST_DIMS, pattern_of
 from .sets import Labels, Sets, sets_of
 from .spec import RESERVED, Expr, Lookup, Spec, keyword
 from .statistics import Moments
@@ -177,14 +177,10 @@ def as_partition(expr: Expr, lookup: Lookup, value: Any, count: int | None = Non
 # --- from arguments to a recipe --------------------------------------------------------------------------------------
 
 Param = tuple[Tensor | None, Tensor | None]  # weight and bias
-MOST = 256  # recipes that a formula keeps
 
 
 class Formula:
-    """A pattern with its options: all that is known before the tensors come.
-
-    What it says of tensors depends on their shapes and dtypes only (and on the labels), so it is worked out once for
-    each, and kept.
+    """A pattern with its options: all that is known before the tensors come. It keeps nothing of tensors.
 
     Args:
         affines: the axes of weight and bias, of every stage.
@@ -197,6 +193,8 @@ class Formula:
         self.lookups = label_names(spec, *self.affines)
         told = (options.center, options.scale, options.activation)
         self.head = repr((spec.text, tuple(expr.text for expr in self.affines), told))  # for operators
+        self.patterns = _Patterns(self)
+        self._merged: Formula | None = None
         self._recipes: dict[Any, Recipe] = {}
 
     @cached_property
@@ -209,39 +207,41 @@ class Formula:
     def __reduce__(self) -> tuple[Any, ...]:
         return Formula, (self.spec, self.options, self.affines, dict(self.sizes))
 
+    def packed(self, labels: Labels) -> tuple[Packed, ...] | None:
+        """The labels as the library reads them; None: one is missing, or no memory that can be read."""
+        found = []
+        for name in self.lookups:
+            label = labels.get(name)
+            packed = None if label is None else label.packed
+            if packed is None:
+                return None
+            assert label is not None
+            label.check_unedited()
+            found.append(packed)
+        return tuple(found)
+
     def prepare(
         self, x: Tensor, mask: Tensor | None, params: Sequence[Param], labels: Labels
     ) -> tuple[Recipe, Operands]:
-        """Checks everything against the pattern, and says what is to be computed, and with what."""
-        if type(x) not in _PLAIN or torch.compiler.is_compiling():
-            return self.prepare_anew(x, mask, params, labels)
-        key = (x.shape, x.dtype, x.layout, x.device, _key(mask), *[_key(t) for stage in params for t in stage])
-        kept = self._recipes
-        if self.lookups:
-            partitions = [labels.get(name) for name in self.lookups]
-            if partitions[0] is None or partitions[0].device != x.device:
-                return self.prepare_anew(x, mask, params, labels)
-            kept = partitions[0].kept
-            key = (self, key, *map(id, partitions[1:]))
-        recipe = kept.get(key)
-        if recipe is None:
-            recipe, operands = self.prepare_anew(x, mask, params, labels)
-            if len(kept) >= MOST:
-                kept.clear()
-            kept[key] = recipe
-            return recipe, operands
-        if mask is not None:
-            _check_weights(self.spec, mask)
-        if not params:
-            return recipe, Operands(x, mask)
-        if len(params) == 1:
-            return recipe, Operands(x, mask, *params[0])
-        return recipe, Operands(x, mask, *self._one(recipe.sets.axes, params, x, labels)[1:])
+        """Checks everything against the pattern, and says what is to be computed, and with what.
 
-    def prepare_anew(
+        On a GPU the last recipes without labels are kept, because Triton keeps tables on the device for each.
+        """
+        if not (type(x) is Tensor and x.is_cuda) or self.lookups or len(params) > 1 or torch.compiler.is_compiling():
+            return self._prepared(x, mask, params, labels)
+        given = (mask, *(params[0] if params else (None, None)))
+        key = (x.shape, x.dtype, *((t.shape, t.dtype) if isinstance(t, Tensor) else t for t in given))
+        if key not in self._recipes:
+            if len(self._recipes) >= 16:
+                self._recipes.clear()
+            self._recipes[key] = self._prepared(x, mask, params, labels)[0]
+        elif mask is not None:
+            _check_weights(self.spec, mask)
+        return self._recipes[key], Operands(x, *given)
+
+    def _prepared(
         self, x: Tensor, mask: Tensor | None, params: Sequence[Param], labels: Labels
     ) -> tuple[Recipe, Operands]:
-        """`prepare`, where sizes may be a tracer's symbols: nothing is kept."""
         spec = self.spec
         _check_x(spec, x)
         axes = bind(spec, tuple(x.shape), self.sizes)
@@ -249,7 +249,7 @@ class Formula:
         for name, (expr, lookup) in self.lookups.items():
             if name not in labels:
                 raise label_missing(expr, lookup)
-            check_operand(expr, [lookup], f"label {name!r}", labels[name].ids, x)
+            check_operand(expr, [lookup], f"label {name!r}", labels[name]._ids, x)
             check_shape(expr, f"label {name!r}", "one id at every index", [lookup], labels[name].shape, axes)
         sets, weight, bias = self._one(axes, params, x, labels, check=True)
         recipe = Recipe(
@@ -262,7 +262,18 @@ class Formula:
             eps=self.options.eps,
             activation=self.options.activation,
         )
+        if not axes.symbolic and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            groups = self.packed(labels)
+            if groups is not None:
+                one = self if len(self.affines) < 2 or sets is None else self._of_one_stage(sets.expr)
+                recipe = replace(recipe, pattern=one.patterns[x.dim()], groups=groups)
         return recipe, Operands(x, mask, weight, bias)
+
+    def _of_one_stage(self, expr: Expr) -> Formula:
+        """The formula of both affine stages as one."""
+        if self._merged is None:
+            self._merged = Formula(self.spec, self.options, (expr,), dict(self.sizes))
+        return self._merged
 
     def _one(
         self, axes: Axes, params: Sequence[Param], x: Tensor, labels: Labels, *, check: bool = False
@@ -296,12 +307,21 @@ class Formula:
         return both, *(None if p is None else p.expand(both.shape) for p in (weight, bias))  # type: ignore[return-value]
 
 
-_PLAIN = (Tensor, Parameter)
+class _Patterns(dict[int, bytes | None]):
+    """What the binder is told of a formula, by the rank of x: at most one for every rank that torch knows."""
 
+    def __init__(self, formula: Formula) -> None:
+        self.formula = formula
 
-def _key(t: Tensor | None) -> Any:
-    """What checks look at, of a tensor beside x."""
-    return None if t is None else (t.shape, t.dtype, t.layout, t.device) if type(t) in _PLAIN else t
+    def __missing__(self, dims: int) -> bytes | None:
+        f, found = self.formula, None
+        if len(f.affines) < 2:
+            labels = [lookup for _, lookup in f.lookups.values()]
+            params = f.affines[0] if f.affines else None
+            found = pattern_of(f.spec, solve(f.spec, dict(f.sizes)), dims, labels, params, f.options)
+        if dims <= MOST_DIMS:
+            self[dims] = found
+        return found
 
 
 def _check_x(spec: Spec, x: Tensor) -> None:
@@ -398,8 +418,8 @@ def _check_params(sets: Sets, weight: Tensor | None, bias: Tensor | None, x: Ten
         raise SpecError(expr.error(rule, *expr.elements, instead="weight=w, bias=b, or no affine="))
 
 
-def inward_moments(expr: Expr, recipe: Recipe, external: Moments, x: Tensor) -> Moments:
-    """Moments from elsewhere, in the internal shape; about zero where the recipe does not center."""
+def outward_moments(expr: Expr, recipe: Recipe, external: Moments, x: Tensor) -> Moments:
+    """Moments from elsewhere, checked, in the dtype of statistics; about zero where the recipe does not center."""
     sets = recipe.sets
     if not isinstance(external, Moments):
         received = f"moments={shown(external)}"
@@ -420,7 +440,7 @@ def inward_moments(expr: Expr, recipe: Recipe, external: Moments, x: Tensor) -> 
     if external.mean.is_complex():
         received, instead = f"moments of {external.mean.dtype}, x of {x.dtype}", "moments(x.real, pattern), say"
         raise SpecError(expr.error("moments of complex numbers are for complex x", received=received, instead=instead))
-    internal = external.inward(sets, stat_dtype(x.dtype))
+    external = external.rounded(stat_dtype(x.dtype))
     if recipe.center:
-        return internal
-    return Moments(internal.count, torch.zeros_like(internal.mean), internal.about_zero())
+        return external
+    return Moments(external.count, torch.zeros_like(external.mean), external.about_zero())

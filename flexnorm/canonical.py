@@ -168,7 +168,7 @@ class _Operand:
         for term, step in steps.items():
             if isinstance(term, Lookup):
                 label, read = sets.labels[term.label], axes.places(term.axes)
-                ids = label.ids.permute(sorted(range(len(read)), key=read.__getitem__))
+                ids = label._ids.permute(sorted(range(len(read)), key=read.__getitem__))
                 self.labels.append(_Label(tuple(sorted(read)), ids, label.count, step))
 
 

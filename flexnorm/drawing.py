@@ -558,7 +558,7 @@ def _picture(
     if mask is None and spec.mask is not None:
         mask = _example_mask(spec, axes)
         examples.insert(0, "mask")
-    recipe, _ = formula.prepare_anew(x, mask, (), partitions)
+    recipe, _ = formula.prepare(x, mask, (), partitions)
     return Picture(str(spec), title, recipe, mask, partitions, known, tuple(examples))
 
 

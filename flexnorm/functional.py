@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import complexes, ops
 from .arguments import (
@@ -18,18 +17,36 @@ from .arguments import (
     Param,
     as_partition,
     check_eps,
-    inward_moments,
     label_names,
+    outward_moments,
     sort_names,
     spec_along,
     unnamed_axes,
 )
 from .errors import SpecError, say, shown
-from .kernels import ROOMS, Operands, Recipe, Room, Sums, Whole, aten, choose
+from .gradients import (
+    Apply,
+    Bound,
+    Closer,
+    Composed,
+    Normalize,
+    OfWhole,
+    Statistics,
+    any_requires_grad,
+    applied,
+    measured,
+    merged,
+    normalized,
+    seen_through,
+    statistics_behind,
+)
+from .kernels import ROOMS, Operands, Recipe, Room, Whole, aten, choose, stat_dtype
+from .library import library
 from .partition import Partition
 from .ranks import Ranks, Sharding, is_dtensor
 from .spec import Element, Expr, Spec
 from .statistics import Moments, each
+from .watching import unwatched
 
 
 def normalize(
@@ -190,7 +207,7 @@ def _names(
     return told, {name: as_partition(*read[name], value) for name, value in found.items()}
 
 
-# --- from a recipe to a kernel ---------------------------------------------------------------------------------------
+# --- from a formula to a kernel --------------------------------------------------------------------------------------
 
 ALONE = Ranks([])
 
@@ -208,11 +225,103 @@ def run(
     cumulative: bool = False,
     ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Moments | None]:
-    """The one way from arguments to a result: prepare, plan, compute. With `tracked`, the moments used, too.
+    """The one way from arguments to a result. With `tracked`, the moments used as well.
 
     With `apart`, these are computed by themselves, and differentiable. With `cumulative`, the last axis of the
     statistics is one that they are cumulated along.
     """
+    if unwatched(x) and not ranks.groups:
+        if moments is None and (apart or cumulative):
+            moments = own_moments(formula, x, mask, labels)
+            moments = moments.cumulative() if cumulative else moments
+        found = _bound(formula, x, mask, params, moments, labels, tracked)
+        if found is not None:
+            return found
+    return _routed(formula, x, mask, params, moments, labels, tracked, apart, cumulative, ranks)
+
+
+def _bound(
+    formula: Formula,
+    x: Tensor,
+    mask: Tensor | None,
+    params: Sequence[Param],
+    moments: Moments | None,
+    labels: Mapping[str, Partition],
+    tracked: bool,
+) -> tuple[Tensor, Moments | None] | None:
+    """The result of the library, which binds the pattern to the tensors. None: Python has to look closer."""
+    pattern = formula.patterns[x.dim()]
+    if pattern is None or len(params) > 1:
+        return None
+    groups = formula.packed(labels) if formula.lookups else ()
+    if groups is None:
+        return None
+    weight, bias = params[0] if params else (None, None)
+    try:
+        differentiated = torch.is_grad_enabled() and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (mask is not None and mask.requires_grad)
+        )
+        if moments is not None:
+            return _bound_to(Bound(pattern, groups, formula, labels), x, mask, weight, bias, moments, differentiated)
+        if not differentiated and not tracked:
+            y = _KERNELS.evaluate(pattern, x, mask, weight, bias, groups)
+            return None if y is None else (y, None)
+        how = Bound(pattern, groups, formula, labels)
+        kept: list[Any] | None = [] if tracked else None
+        if differentiated:
+            y = normalized((how, kept), x, mask, weight, bias)
+        else:
+            y, *kept = how.forward(x, mask, weight, bias)
+    except (AttributeError, Closer):  # what is no tensor has no gradient
+        return None
+    return y, how.moments(x, tuple(kept)) if tracked and kept is not None else None
+
+
+def _bound_to(
+    how: Bound,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    moments: Moments,
+    differentiated: bool,
+) -> tuple[Tensor, Moments | None]:
+    """The result by moments from elsewhere."""
+    if not isinstance(moments, Moments) or moments.mean.is_complex():
+        raise Closer
+    moments.check()
+    differentiated = differentiated or (
+        torch.is_grad_enabled() and any_requires_grad((moments.count, moments.mean, moments.m2))
+    )
+    wide, external = stat_dtype(x.dtype), moments
+    if moments.mean.dtype != wide or moments.m2.dtype != wide:
+        external = external.rounded(wide)
+    if not differentiated:
+        return how.apply(Operands(x, mask, weight, bias), external), moments
+    if not how.options.center:
+        external = Moments(external.count, torch.zeros_like(external.mean), external.about_zero())
+    operands = Operands(x, mask, weight, bias)
+    behind = statistics_behind(how, operands, external)
+    fields = (external.count, external.mean, external.m2, external.low)
+    return applied((how, behind), *operands, *fields), moments
+
+
+def _routed(
+    formula: Formula,
+    x: Tensor,
+    mask: Tensor | None,
+    params: Sequence[Param],
+    moments: Moments | None,
+    labels: Mapping[str, Partition],
+    tracked: bool,
+    apart: bool,
+    cumulative: bool,
+    ranks: Ranks,
+) -> tuple[Tensor, Moments | None]:
+    """All other ways: traced, of a DTensor, of complex numbers, over ranks, and by the other backends."""
     if _compiling(x, ranks):
         how = {"tracked": tracked, "apart": apart, "cumulative": cumulative}
         return ops.run(formula, x, mask, params, moments, labels, **how)
@@ -233,28 +342,26 @@ def run(
     tensors: Sequence[Tensor | None] = operands
     external = None
     if moments is not None:
-        external = inward_moments(formula.spec.sets, recipe, moments, x)
+        external = outward_moments(formula.spec.sets, recipe, moments, x)
         tensors = (*operands, external.count, external.mean, external.m2)
-    differentiated = torch.is_grad_enabled() and _any_requires_grad(tensors)
-    transformed = _seen_through(tensors)
+    differentiated = torch.is_grad_enabled() and any_requires_grad(tensors)
+    transformed = seen_through(tensors)
     origin = "given" if external is not None else "asked for" if tracked else None
     plan = choose(recipe, operands, differentiated=differentiated, transformed=transformed, moments=origin)
-    room = ROOMS[plan.room]
-    if differentiated and not transformed:
-        if external is not None:
-            fields = (external.count, external.mean, external.m2, external.low)
-            behind = _statistics_behind(recipe, operands, external)
-            return _Apply.apply((recipe, room, behind), *operands, *fields), moments  # type: ignore[no-untyped-call]
-        if not tracked:
-            return _Normalize.apply((recipe, room, False), *operands), None  # type: ignore[no-untyped-call]
-        y, *kept = _Normalize.apply((recipe, room, True), *operands)  # type: ignore[no-untyped-call]
-        return y, room.moments(recipe, operands, tuple(kept)).outward(recipe.sets)
+    how = Composed(recipe, ROOMS[plan.room])
     if external is not None:
-        return room.apply(recipe, operands, external), moments
+        if not differentiated or transformed:
+            return how.apply(operands, external), moments
+        fields = (external.count, external.mean, external.m2, external.low)
+        return Apply.apply((how, statistics_behind(how, operands, external)), *operands, *fields), moments  # type: ignore[no-untyped-call]
+    if differentiated and not transformed:
+        kept: list[Any] | None = [] if tracked else None
+        y = Normalize.apply((how, kept), *operands)  # type: ignore[no-untyped-call]
+        return y, None if kept is None else how.moments(x, tuple(kept))
     if not tracked:
-        return room.evaluate(recipe, operands), None
-    y, kept = room.forward(recipe, operands)
-    return y, room.moments(recipe, operands, kept).outward(recipe.sets)
+        return how.room.evaluate(recipe, operands), None
+    y, kept_ = how.room.forward(recipe, operands)
+    return y, how.moments(x, kept_)
 
 
 def own_moments(
@@ -265,6 +372,10 @@ def own_moments(
     ranks: Ranks = ALONE,
 ) -> Moments:
     """The moments of x, differentiable."""
+    if unwatched(x) and not ranks.groups:
+        found = _bound_moments(formula.of_moments, x, mask, labels)
+        if found is not None:
+            return found
     if _compiling(x, ranks):
         return ops.moments(formula, x, mask, labels)
     formula = formula.of_moments  # here: dynamo knows no lock, as cached_property has before 3.12
@@ -281,20 +392,41 @@ def own_moments(
         formula.prepare(x, mask, (), labels)
         return own_moments(complexes.in_parts(formula), complexes.parts(x), mask, labels, ranks).joined()
     recipe, operands = formula.prepare(x, mask, (), labels)
-    differentiated = torch.is_grad_enabled() and _any_requires_grad((x, mask))
+    differentiated = torch.is_grad_enabled() and any_requires_grad((x, mask))
     if ranks.groups:
         ranks.agree(recipe, x.dtype, differentiated=differentiated, needed=differentiated)
-    seen = _seen_through((x, mask)) or (differentiated and mask is not None and mask.requires_grad)
+    seen = seen_through((x, mask)) or (differentiated and mask is not None and mask.requires_grad)
     plan = choose(recipe, operands, differentiated=differentiated, transformed=seen, moments="asked for")
-    room: Room = ROOMS[plan.room]
+    how = Composed(recipe, ROOMS[plan.room])
     if differentiated and not seen and plan.room != "aten":
-        found = Moments(*_Statistics.apply((recipe, room), x, mask))  # type: ignore[no-untyped-call]
+        m = Moments(*Statistics.apply(how, x, mask))  # type: ignore[no-untyped-call]
     else:
-        found = room.statistics(recipe, operands)
+        m = how.statistics(x, mask)
     if ranks.groups:
-        found = ranks.moments(_expanded(recipe, found))
-    return found.outward(recipe.sets)
+        m = ranks.moments(each(recipe.sets.inward, m)).outward(recipe.sets)
+    return m
 
+
+def _bound_moments(
+    formula: Formula, x: Tensor, mask: Tensor | None, labels: Mapping[str, Partition]
+) -> Moments | None:
+    """The moments that the library computes; None: Python has to look closer."""
+    pattern = formula.patterns[x.dim()]
+    groups = formula.packed(labels) if formula.lookups else ()
+    if pattern is None or groups is None:
+        return None
+    try:
+        if mask is not None and mask.requires_grad:
+            return None
+        if torch.is_grad_enabled() and x.requires_grad:
+            return Moments(*measured(Bound(pattern, groups, formula, labels), x, mask))
+    except (AttributeError, Closer):
+        return None
+    found = _KERNELS.statistics(pattern, x, mask, None, None, groups)
+    return None if found is None else Moments(*found)
+
+
+_KERNELS: Any = library()  # a text where there is none; then no formula has a pattern
 
 ops.eager = ops._Eager(run, own_moments)
 
@@ -303,30 +435,19 @@ ops.eager = ops._Eager(run, own_moments)
 
 def _of_whole(recipe: Recipe, operands: Operands, ranks: Ranks, wholes: Sequence[Whole]) -> tuple[Tensor, Moments]:
     """y and the moments, of sets of which a part lies in x."""
-    differentiated = torch.is_grad_enabled() and _any_requires_grad(operands)
-    needed = differentiated and _any_requires_grad(operands[:2])
+    differentiated = torch.is_grad_enabled() and any_requires_grad(operands)
+    needed = differentiated and any_requires_grad(operands[:2])
     needed = ranks.agree(recipe, operands.x.dtype, differentiated=differentiated, needed=needed)
     # Of weights, the kernels know the derivative of a variance that is theirs alone.
     shared = wholes[-1] is not ranks and operands.mask is not None and operands.mask.requires_grad
-    transformed = _seen_through(operands) or (differentiated and shared)
+    transformed = seen_through(operands) or (differentiated and shared)
     plan = choose(recipe, operands, differentiated=differentiated, transformed=transformed, moments="asked for")
     room: Room = ROOMS[plan.room]
     if differentiated and not transformed:
-        y, *fields = _OfWhole.apply((recipe, room, wholes, needed), *operands)  # type: ignore[no-untyped-call]
+        y, *fields = OfWhole.apply((recipe, room, wholes, needed), *operands)  # type: ignore[no-untyped-call]
         return y, Moments(*fields).outward(recipe.sets)
-    m = _merged(recipe, room.statistics(recipe, operands), wholes)
+    m = merged(recipe, room.statistics(recipe, operands), wholes)
     return room.apply(recipe, operands, m), m.outward(recipe.sets)
-
-
-def _merged(recipe: Recipe, m: Moments, wholes: Sequence[Whole]) -> Moments:
-    m = _expanded(recipe, m)
-    for whole in wholes:
-        m = whole.moments(m)
-    return m
-
-
-def _expanded(recipe: Recipe, m: Moments) -> Moments:
-    return each(lambda t: t.expand(recipe.sets.internal_shape), m)
 
 
 def _complex(
@@ -412,214 +533,3 @@ def _compiling(x: Tensor, ranks: Ranks = ALONE) -> bool:
     if not torch.compiler.is_dynamo_compiling() or ranks.groups:
         return False
     return type(x) is Tensor or not is_dtensor(x)
-
-
-def _any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
-    for t in tensors:  # noqa: SIM110  # any() of a generator takes twice the time, at every call
-        if t is not None and t.requires_grad:
-            return True
-    return False
-
-
-def _seen_through(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether somebody has to see the operations themselves, so that nothing may hide them."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    for t in tensors:
-        if t is not None and (t.is_neg() or (type(t) is not Tensor and type(t) is not torch.nn.Parameter)):
-            return True  # a lazy minus sign is not in memory, and who knows what a subclass means
-    return _derived(tensors)
-
-
-def _derived(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether torch.func or forward mode is at work: an operator or an autograd Function would give the derivative
-    zero, silently."""
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
-        for t in tensors
-    )
-
-
-def _itself(y: Tensor) -> Tensor:
-    """A result that is no view of a tensor which nobody sees: `nn.ReLU(inplace=True)` may stand behind."""
-    if not y._is_view():
-        return y
-    same: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
-    return same
-
-
-class _Normalize(torch.autograd.Function):
-    """Saves x, the user's own operands and what the room keeps of the sets; nothing else of x's size."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        how: tuple[Recipe, Room, bool],  # one argument, as each takes a third of a microsecond
-        *operands: Tensor | None,
-    ) -> Tensor | tuple[Tensor, ...]:
-        recipe, room, tracked = ctx.how = how
-        y, kept = room.forward(recipe, Operands(*operands))  # type: ignore[arg-type]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*operands, *kept)
-        if not tracked:
-            return _itself(y)
-        ctx.mark_non_differentiable(*kept)
-        return _itself(y), *kept
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 5
-        recipe, room, _ = ctx.how
-        saved = ctx.saved_tensors  # asked for once: checkpointing unpacks each time
-        operands, kept = Operands(*saved[:4]), saved[4:]
-        if torch.is_grad_enabled() or _seen_through((dy, saved[0])):  # differentiated again: by the composition
-            room, kept = aten, aten.forward(recipe, operands)[1]  # of moments that depend on x
-        needs = ctx.needs_input_grad
-        if needs[1] or needs[2]:
-            return (None, *room.backward(recipe, operands, kept, dy, of_mask=needs[2]))
-        sums = room.backward_sums(recipe, operands, room.moments(recipe, operands, kept), dy)
-        return (None, None, None, sums.weight, sums.bias)
-
-
-class _OfWhole(torch.autograd.Function):
-    """y and the moments of sets of which a part lies in x: what is merged comes between the passes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, how: tuple[Recipe, Room, Sequence[Whole], bool], *operands: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        recipe, room, wholes, _ = ctx.how = how
-        given = Operands(*operands)  # type: ignore[arg-type]
-        m = _merged(recipe, room.statistics(recipe, given), wholes)
-        fields = (m.count, m.mean, m.m2, *([] if m.low is None else [m.low]))
-        ctx.save_for_backward(*operands, *fields)
-        ctx.mark_non_differentiable(*fields)
-        return _itself(room.apply(recipe, given, m)), *fields
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        recipe, room, wholes, needed = ctx.how
-        saved = ctx.saved_tensors
-        operands, m = Operands(*saved[:4]), Moments(*saved[4:])
-        if torch.is_grad_enabled() or _seen_through((dy, saved[0])):  # differentiated again: by the composition
-            room, m = aten, _merged(recipe, aten.statistics(recipe, operands), wholes)
-        sums = room.backward_sums(recipe, operands, m, dy)
-        if not needed:
-            return (None, None, None, sums.weight, sums.bias)
-        for whole in wholes:  # on every rank, if any needs it
-            sums = whole.sums(sums)
-        return (None, *room.backward_dx(recipe, operands, m, dy, sums), sums.weight, sums.bias)
-
-
-class _Statistics(torch.autograd.Function):
-    """The moments of x. Saves x, a mask, and the moments."""
-
-    @staticmethod
-    def forward(ctx: Any, how: tuple[Recipe, Room], x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
-        recipe, room = ctx.how = how
-        ctx.mask, ctx.waiting = mask, {}
-        m = room.statistics(recipe, Operands(x, mask))
-        fields = (m.count, m.mean, m.m2, m.low)
-        ctx.save_for_backward(x, mask, *fields)
-        ctx.mark_non_differentiable(*(t for t in (m.count, m.low) if t is not None))
-        return fields
-
-    @staticmethod
-    def backward(ctx: Any, _: Any, dmean: Tensor, dm2: Tensor, *__: Any) -> tuple[Tensor | None, ...]:
-        recipe, room = ctx.how
-        x, mask, *fields = ctx.saved_tensors
-        task = torch._C._current_graph_task_id()
-        first, *others = [w for w in ctx.waiting.values() if w.task == task] or [None]
-        ctx.waiting = {}
-        if torch.is_grad_enabled() or _seen_through((dmean, dm2, x)):  # differentiated again: by the composition
-            with torch.enable_grad():
-                m = aten.statistics(recipe, Operands(x, mask))
-                dx = torch.autograd.grad((m.mean, m.m2), (x,), (dmean, dm2), create_graph=True)[0]
-            others = [w for w in (first, *others) if w is not None]
-        elif first is None:
-            sums = aten.backward_statistics(recipe, Moments(*fields), dmean, dm2)
-            dx = room.backward_dx(recipe, Operands(x, mask), Moments(*fields), None, sums)[0]
-        else:
-            sums = aten.backward_statistics(first.recipe, first.moments, dmean, dm2, Moments(*fields))
-            dx = first.dx(sums)
-        for w in others:
-            dx = dx + w.dx(None)
-        return None, dx, None
-
-
-class _Waiting(NamedTuple):
-    """A gradient of x that is left to `_Statistics.backward`, which then goes over x once, and not twice."""
-
-    task: int  # the backward pass
-    recipe: Recipe
-    room: Room
-    operands: Operands
-    moments: Moments
-    dy: Tensor
-
-    def dx(self, sums: Sums | None) -> Tensor:
-        return self.room.backward_dx(self.recipe, self.operands, self.moments, self.dy, sums)[0]
-
-
-def _statistics_behind(recipe: Recipe, operands: Operands, external: Moments) -> Any:
-    """The node of `_Statistics` from which these moments were made, if it is one of the same sets of the same x.
-
-    Its gradient of x goes where that of `_Apply` goes, and after it: so one may take the other along. None, if there is
-    no such node near.
-    """
-    x, mask = operands.x, operands.mask
-    if not x.requires_grad or recipe.eps == 0 or not recipe.center or not recipe.scale:
-        return None
-    edge = tuple(torch.autograd.graph.get_gradient_edge(x))[:2]
-    nodes = [t.grad_fn for t in (external.mean, external.m2) if t.grad_fn is not None]
-    seen, kind = set(nodes), cast(Any, _Statistics)._backward_cls
-    while nodes and len(seen) < 512:
-        node: Any = nodes.pop()
-        if isinstance(node, kind):
-            if node.mask is mask and node.next_functions[0] == edge and node.how[0].sets.same(recipe.sets):
-                return node
-            continue
-        new = {after for after, _ in node.next_functions if after is not None and after not in seen}
-        seen |= new
-        nodes.extend(new)
-    return None
-
-
-class _Apply(torch.autograd.Function):
-    """Normalizes by moments from elsewhere, to which gradients flow."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        how: tuple[Recipe, Room, Any],
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        *fields: Tensor | None,
-    ) -> Tensor:
-        recipe, room, _ = ctx.how = how
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, mask, weight, bias, *fields)
-        return _itself(room.apply(recipe, Operands(x, mask, weight, bias), Moments(*fields)))  # type: ignore[arg-type]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 9
-        recipe, room, behind = ctx.how
-        saved = ctx.saved_tensors
-        operands, moments = Operands(*saved[:4]), Moments(*saved[4:])
-        if torch.is_grad_enabled() or _seen_through((*saved, dy)):
-            room, behind = aten, None
-        sums = room.backward_sums(recipe, operands, moments, dy)
-        dx = None
-        if behind is not None:
-            task = torch._C._current_graph_task_id()
-            behind.waiting[id(ctx)] = _Waiting(task, recipe, room, operands, each(Tensor.detach, moments), dy)
-        elif ctx.needs_input_grad[1]:
-            dx = room.backward_dx(recipe, operands, moments, dy, None)[0]
-        return (None, dx, None, sums.weight, sums.bias, *aten.backward_moments(recipe, moments, sums), None)

@@ -322,7 +322,7 @@ def _explained(
 ) -> Explanation:
     spec, options = formula.spec, formula.options
     read = {name: partitions[name] for name in label_names(spec) if name in partitions}
-    recipe, _ = Formula(spec, options, (), dict(formula.sizes)).prepare_anew(x, mask, (), read)
+    recipe, _ = Formula(spec, options, (), dict(formula.sizes)).prepare(x, mask, (), read)
     sets = recipe.sets
     parameters = {} if about is None else about.parameters
     weights: list[tuple[Tensor, Tensor]] = []
@@ -333,7 +333,7 @@ def _explained(
             parameters = parameters or {"weight": shape, "bias": shape}
     full, operands = recipe, Operands(x, mask)
     if len(weights) == len(formula.affines):
-        full, operands = formula.prepare_anew(x, mask, weights, partitions)
+        full, operands = formula.prepare(x, mask, weights, partitions)
     tally = _tally(recipe, mask)
     parts = 2 if x.is_complex() else 1  # numbers in an element
     lost = parts * options.center + options.scale
@@ -382,7 +382,7 @@ def _plan(
     if not operands.x.is_complex():
         return choose(recipe, operands, differentiated=True, moments=asked)
     halves = complexes.in_parts(formula)  # real and imaginary part are one more axis
-    inner, of_parts = halves.prepare_anew(complexes.parts(operands.x), operands.mask, (), partitions)
+    inner, of_parts = halves.prepare(complexes.parts(operands.x), operands.mask, (), partitions)
     return choose(inner, of_parts, differentiated=True, moments="asked for")
 
 

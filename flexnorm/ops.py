@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Formula, Label, Options, Param, check_eps, inward_moments, sort_names, spec_along, unnamed_axes
+from .arguments import Formula, Label, Options, Param, check_eps, outward_moments, sort_names, spec_along, unnamed_axes
 from .errors import SpecError
 from .kernels import ROOMS, Operands, Recipe, Room, Sums, aten, choose, stat_dtype
 from .partition import Partition
 from .spec import Spec
-from .statistics import Moments
+from .statistics import Moments, each
 
 # --- what dynamo sees ------------------------------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ def _told(options: Mapping[str, Mapping[str, Any]]) -> _Told:
         for name, value in values.items():
             label = Partition(value) if isinstance(value, Tensor) else value
             if isinstance(label, Partition):
-                ids.append(label.ids)
+                ids.append(label._ids)
                 counts.append(label.count)
                 of_labels.append((option, name))
             elif isinstance(value, int) and not isinstance(value, bool):
@@ -503,7 +503,7 @@ class _Call(NamedTuple):
     ) -> _Call:
         formula, labels = _heard(ids, numbers, eps, text)
         stages = _stages(formula, params)
-        recipe, operands = formula.prepare_anew(x, mask, stages, labels)
+        recipe, operands = formula.prepare(x, mask, stages, labels)
         used = Moments(*moments) if moments else None  # type: ignore[arg-type]
         *_, along, apart = ast.literal_eval(text)
         if used is None and (along is not None or apart):
@@ -512,7 +512,8 @@ class _Call(NamedTuple):
             used = Moments(*fields)
             if along is not None:
                 used = used.cumulative() if _derived() else Moments(*torch.ops.flexnorm.cumulative(*fields))
-        external = None if used is None else inward_moments(formula.spec.sets, recipe, used, x)
+        external = None if used is None else outward_moments(formula.spec.sets, recipe, used, x)
+        external = None if external is None else each(recipe.sets.inward, external)
         if len(stages) > 1:  # of which the operands are one now
             assert recipe.params is not None
             formula = Formula(formula.spec, formula.options, [recipe.params.expr], dict(formula.sizes))
@@ -523,14 +524,14 @@ def _given(formula: Formula, operands: Operands, labels: Mapping[str, Partition]
     """What the entry points take."""
     counts = [labels[name].count for name in formula.lookups]
     counts += [size for _, size in formula.sizes if type(size) is not int]
-    return *operands, [labels[name].ids for name in formula.lookups], counts, written(formula)
+    return *operands, [labels[name]._ids for name in formula.lookups], counts, written(formula)
 
 
 def _statistics_of(
     formula: Formula, x: Tensor, mask: Tensor | None, labels: Mapping[str, Partition]
 ) -> tuple[Tensor, ...]:
     """The moments of x, shaped as the pattern says."""
-    recipe, operands = formula.prepare_anew(x, mask, (), labels)
+    recipe, operands = formula.prepare(x, mask, (), labels)
     if _derived():
         return _outward(recipe, aten.statistics(recipe, operands))
     return _outward(recipe, Moments(*torch.ops.flexnorm.statistics(*_given(formula, operands, labels))))

@@ -15,6 +15,10 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils import _pytree as pytree
 
 from .errors import ShapeError, SpecError, as_int, say, shown
+from .library import library
+from .watching import unwatched
+
+Packed = tuple[Tensor, int, Tensor, Tensor | None]  # ids, count, offsets, order (None: the ids are sorted)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -23,7 +27,7 @@ class Partition:
 
     A label of a pattern, `graph` in `"v c -> graph[v] c"`, is given as a `Partition` or as the tensor of its ids.
     A `Partition` is made once and then serves every layer: it keeps `counts`, `order` and `offsets`.
-    It is immutable, a pytree of one tensor, and it pickles, moves and pins.
+    It is immutable, a pytree of one tensor, and it pickles, moves and pins. The tensors that it hands out are copies.
 
     Args:
         ids: integer tensor of any shape (an axis of it for every name in the label's brackets). It is copied, as int64.
@@ -42,15 +46,19 @@ class Partition:
     tensor([0, 1, 1])
     """
 
-    ids: Tensor
+    _ids: Tensor
     count: int
 
     def __init__(self, ids: Tensor, count: int | None = None) -> None:
+        if unwatched(ids) and (packed := _packed(ids, count)) is not None:
+            own = self.__dict__
+            own["_ids"], own["count"], own["packed"] = packed[0], packed[1], packed
+            return
         _check_integers(ids, "ids")
         ids = ids.detach().to(torch.int64, copy=True)  # a copy: nobody can change it behind our back
         least = (int(ids.max()) + 1 if ids.numel() else 0) if count is None else whole(count, "count")
         _check_range(ids, least)
-        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "_ids", ids)
         object.__setattr__(self, "count", least)
 
     @classmethod
@@ -89,7 +97,7 @@ class Partition:
     def _made(cls, ids: Tensor, count: int) -> Partition:
         """A Partition of ids known to be good: no check, no wait for the device."""
         made = object.__new__(cls)
-        object.__setattr__(made, "ids", ids)
+        object.__setattr__(made, "_ids", ids)
         object.__setattr__(made, "count", count)
         return made
 
@@ -103,65 +111,98 @@ class Partition:
 
     # --- what is costly, once ----------------------------------------------------------------------------------------
 
+    @property
+    def ids(self) -> Tensor:
+        """The group of every element: int64. A copy, which a kernel never reads; an edit of it is an error."""
+        if type(self._ids) is not Tensor or torch.compiler.is_compiling():
+            return self._ids
+        handed: Tensor | None = self.__dict__.get("_handed")
+        if handed is None:
+            handed = self.__dict__["_handed"] = self._ids.clone()
+            self.__dict__["_version"] = None if handed.is_inference() else handed._version
+        return handed
+
+    @cached_property
+    def packed(self) -> Packed | None:
+        """What a kernel on CPU reads, checked in one pass; None: there is no library, or no memory to read."""
+        if not unwatched(self._ids):
+            return None
+        packed = _packed(self._ids, self.count)
+        if packed is None:
+            self.check()
+        return packed
+
+    def check_unedited(self) -> None:
+        """Raises, if somebody has changed what `ids` handed out."""
+        handed = self.__dict__.get("_handed")
+        if handed is not None and self.__dict__["_version"] not in (None, handed._version):
+            received = f"{self!r}, whose ids were changed in place"
+            raise SpecError(say("a Partition is immutable", received=received, instead="Partition(ids) of the new ids"))
+
     @cached_property
     def counts(self) -> Tensor:
         """Number of elements of every group: int64 of shape (count,)."""
         return self._counted()
 
     def _counted(self) -> Tensor:  # by itself, as dynamo knows no lock, which cached_property has before Python 3.12
-        ones = torch.ones(self.ids.numel(), dtype=torch.int64, device=self.ids.device)
-        return torch.zeros(self.count, dtype=torch.int64, device=self.ids.device).index_add(0, self.ids.flatten(), ones)
+        if not torch.compiler.is_compiling() and self.packed is not None:
+            return self.packed[2].diff()
+        ones = torch.ones(self._ids.numel(), dtype=torch.int64, device=self._ids.device)
+        zeros = torch.zeros(self.count, dtype=torch.int64, device=self._ids.device)
+        return zeros.index_add(0, self._ids.flatten(), ones)
 
     @cached_property
     def offsets(self) -> Tensor:
         """Where every group begins in `order`, and the end of the last: int64 of shape (count + 1,)."""
+        if self.packed is not None:
+            return self.packed[2].clone()
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
     @cached_property
     def order(self) -> Tensor:
         """The elements sorted by group, equal ones in their own order: indices into the flattened ids."""
-        return torch.argsort(self.ids.flatten(), stable=True)
+        if self.packed is not None:
+            order = self.packed[3]
+            return torch.arange(self._ids.numel()) if order is None else order.clone()
+        return torch.argsort(self._ids.flatten(), stable=True)
 
     @cached_property
     def is_sorted(self) -> bool:
         """Whether the flattened ids never fall, so that `order` changes nothing. Waits once for the device."""
-        flat = self.ids.flatten()
+        if self.packed is not None:
+            return self.packed[3] is None
+        flat = self._ids.flatten()
         return bool((flat[1:] >= flat[:-1]).all())
-
-    @cached_property
-    def kept(self) -> dict[Any, Any]:
-        """What others have worked out for these groups; it goes with them."""
-        return {}
 
     def check(self) -> None:
         """Raises, unless 0 <= id < count: of ids that came without a check, as from `torch.utils._pytree.tree_map`."""
-        _check_range(self.ids, self.count)
+        _check_range(self._ids, self.count)
 
     # --- a value -----------------------------------------------------------------------------------------------------
 
     @property
     def shape(self) -> torch.Size:
-        return self.ids.shape
+        return self._ids.shape
 
     @property
     def device(self) -> torch.device:
-        return self.ids.device
+        return self._ids.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Partition:
         """The same groups on a device. Itself, if it is there already."""
-        return self._carried(self.ids.to(torch.device(device), non_blocking=non_blocking))
+        return self._carried(self._ids.to(torch.device(device), non_blocking=non_blocking))
 
     def pin_memory(self) -> Partition:
         """The same groups in page-locked memory, as a `DataLoader` with `pin_memory=True` asks for."""
-        return self._carried(self.ids.pin_memory())
+        return self._carried(self._ids.pin_memory())
 
     def _carried(self, ids: Tensor) -> Partition:
-        return self if ids is self.ids else Partition._made(ids, self.count)
+        return self if ids is self._ids else Partition._made(ids, self.count)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Partition):
             return NotImplemented
-        return self.count == other.count and self.device == other.device and torch.equal(self.ids, other.ids)
+        return self.count == other.count and self.device == other.device and torch.equal(self._ids, other._ids)
 
     __hash__ = None  # type: ignore[assignment]  # equal by value, and the value is a tensor
 
@@ -171,7 +212,7 @@ class Partition:
         return f"Partition({shape} ids, count={self.count}{where})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self.ids, self.count)
+        return _rebuilt, (self._ids, self.count)
 
 
 def _rebuilt(ids: Tensor, count: int) -> Partition:
@@ -186,6 +227,15 @@ pytree.register_pytree_node(
     serialized_type_name="flexnorm.Partition",
     flatten_with_keys_fn=lambda partition: ([(pytree.GetAttrKey("ids"), partition.ids)], partition.count),
 )
+
+
+def _packed(ids: Tensor, count: object) -> Packed | None:
+    """A copy of the ids, their number, offsets and order; None where Python has to look closer."""
+    kernels = library()
+    if isinstance(kernels, str) or not (count is None or type(count) is int):
+        return None
+    packed: Packed | None = kernels.groups(ids, count)
+    return packed
 
 
 def _integers(values: Sequence[int] | Tensor, name: str, device: torch.device | str | None) -> Tensor:

@@ -263,7 +263,7 @@ def _merge(axes: Axes, expr: Expr, group: set[int], kept: frozenset[int], labels
     for term, size in zip(terms, sizes, strict=True):
         if isinstance(term, Lookup):
             read = axes.places(term.axes)
-            value = labels[term.label].ids.permute(_inverse(read))
+            value = labels[term.label]._ids.permute(_inverse(read))
         else:
             read = (term,)
             value = torch.arange(axes.sizes[term], device=device)

@@ -33,7 +33,7 @@ if os.environ.get("FLEXNORM_CPU") == "0" or (
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 WIDTHS = [0, 1, 2]  # AVX-512, AVX2, what every machine has; one that this machine lacks is the next narrower one
-WIDEST = None if isinstance(LIBRARY, str) else LIBRARY.flexnorm_width()
+WIDEST = None if isinstance(LIBRARY, str) else LIBRARY.width()
 
 
 def test_there_is_a_library():
@@ -46,12 +46,12 @@ def engine(width=None, threads=1):
     """Kernels of this vector width, on so many threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    LIBRARY.flexnorm_set_width(WIDEST if width is None else width)
+    LIBRARY.set_width(WIDEST if width is None else width)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-        LIBRARY.flexnorm_set_width(WIDEST)
+        LIBRARY.set_width(WIDEST)
 
 
 def widths():
@@ -1158,15 +1158,15 @@ def test_left_out_by_the_environment():
 
 
 def test_a_missing_library(copy):
-    (copy / "flexnorm/kernels/cpu/_kernels.so").unlink()
+    (copy / "flexnorm/kernels/cpu/_kernels.abi3.so").unlink()
     room, reason = python(RUNS, where=copy).splitlines()
     assert room.startswith("aten the C++ kernels were not built")
     assert "not built" in reason
 
 
 def test_a_library_that_is_none(copy):
-    (copy / "flexnorm/kernels/cpu/_kernels.so").unlink()
-    (copy / "flexnorm/kernels/cpu/_kernels.so").write_bytes(b"no library")
+    (copy / "flexnorm/kernels/cpu/_kernels.abi3.so").unlink()
+    (copy / "flexnorm/kernels/cpu/_kernels.abi3.so").write_bytes(b"no library")
     room, reason = python(RUNS, where=copy).splitlines()
     assert room.startswith("aten the C++ kernels cannot be loaded")
     assert "cannot be loaded" in reason

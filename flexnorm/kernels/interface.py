@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ..canonical import Form, canonical
+from ..partition import Packed
 from ..sets import Sets
 from ..statistics import Moments
 
@@ -28,18 +28,8 @@ class Recipe:
     scale: bool = True
     eps: float = 1e-5
     activation: str | None = None
-    programs: dict[Any, Any] = field(default_factory=dict, repr=False)  # what rooms keep of it
-    _forms: dict[tuple[int, ...], Form] = field(default_factory=dict, repr=False)
-
-    def form(self, x: Tensor) -> Form:
-        """x under this recipe as rows and columns; kept for tensors with the same strides."""
-        form = self._forms.get(x.stride())
-        if form is None:
-            sizes = self.sets.axes.sizes
-            y = torch.empty_like(x, device="meta")
-            form = canonical(x.view(sizes).stride(), y.view(sizes).stride(), self.sets, self.mask, self.params)
-            self._forms[x.stride()] = form
-        return form
+    pattern: bytes | None = None  # the same for the C++ binder; None: it has no part in this
+    groups: tuple[Packed, ...] = ()  # the labels that the pattern reads
 
 
 class Operands(NamedTuple):

@@ -35,7 +35,7 @@ def choose(
     transformed: bool = False,
     moments: str | None = None,
 ) -> Plan:
-    """The plan for these tensors; kept for others of their layout.
+    """The plan for these tensors.
 
     Args:
         differentiated: a first derivative may be asked for.
@@ -44,12 +44,7 @@ def choose(
     """
     if transformed:
         return Plan("aten", "seen through by torch.func, forward mode or a tracer")
-    x = operands.x
-    key = ("plan", x.stride(), differentiated, moments)
-    plan: Plan | None = recipe.programs.get(key)
-    if plan is None:
-        plan = recipe.programs[key] = _choose(recipe, operands, differentiated, moments)
-    return plan
+    return _choose(recipe, operands, differentiated, moments)
 
 
 def _choose(recipe: Recipe, operands: Operands, differentiated: bool, moments: str | None) -> Plan:
@@ -65,9 +60,9 @@ def _choose(recipe: Recipe, operands: Operands, differentiated: bool, moments: s
     if refusal is None and not on_cpu and other is None and x.numel() < triton.SMALL:
         return Plan("native", "torch's rms_norm is the same, and quicker to start for few elements")
     if refusal is None:
-        form = recipe.form(x)
-        copied = ", after a copy, as no axis of x is contiguous" if form.copied else ""
-        return Plan("cpu" if on_cpu else "triton", f"compiled: {form}{copied}")
+        form, copied = cpu.shown(recipe, x) if on_cpu else triton.shown(recipe, x)
+        said = ", after a copy, as no axis of x is contiguous" if copied else ""
+        return Plan("cpu" if on_cpu else "triton", f"compiled: {form}{said}")
     if other is not None:
         return Plan("aten", f"{refusal}; {other}")
     return Plan("native", "torch's rms_norm is the same")

@@ -42,7 +42,7 @@ def refusal(recipe: Recipe, operands: Operands) -> str | None:
         return "bfloat16 needs compute capability 8.0"
     if x.numel() == 0:
         return "x is empty"
-    if max(x.numel() // min(recipe.form(x).columns, x.numel()), recipe.sets.count) >= 2**31:
+    if max(x.numel() // min(form(recipe, x).columns, x.numel()), recipe.sets.count) >= 2**31:
         return "2^31 rows or sets and more"
     if recipe.activation not in _ACTIVATIONS:
         return f"no kernel for {recipe.activation}"
@@ -173,23 +173,28 @@ class Rule:
 
 Owners = Literal["sets", "params", "mask"]
 
-_forms: WeakKeyDictionary[Recipe, dict[tuple[Owners, tuple[int, ...]], Form]] = WeakKeyDictionary()
+_forms: WeakKeyDictionary[Recipe, dict[Owners, tuple[tuple[int, ...], Form]]] = WeakKeyDictionary()
 
 
-def _form(recipe: Recipe, x: Tensor, owners: Owners) -> Form:
+def form(recipe: Recipe, x: Tensor, owners: Owners = "sets") -> Form:
     """The form whose ranges are those of the owners. Those of parameters and of the mask have the sets as their params,
-    so that the same walk sums over them."""
-    if owners == "sets":
-        return recipe.form(x)
+    so that the same walk sums over them. The last one of each kind of owners is kept, because its tables lie on the
+    device."""
     kept = _forms.setdefault(recipe, {})
-    key = (owners, x.stride())
-    if key not in kept:
+    if owners not in kept or kept[owners][0] != x.stride():
         sizes = recipe.sets.axes.sizes
         y = torch.empty_like(x, device="meta")
-        owner = recipe.params if owners == "params" else recipe.mask
+        owner = {"sets": recipe.sets, "params": recipe.params, "mask": recipe.mask}[owners]
         assert owner is not None
-        kept[key] = canonical(x.view(sizes).stride(), y.view(sizes).stride(), owner, recipe.mask, recipe.sets)
-    return kept[key]
+        params = recipe.params if owners == "sets" else recipe.sets
+        found = canonical(x.view(sizes).stride(), y.view(sizes).stride(), owner, recipe.mask, params)
+        kept[owners] = (x.stride(), found)
+    return kept[owners][1]
+
+
+def shown(recipe: Recipe, x: Tensor) -> tuple[str, bool]:
+    """The form in words, and whether x is copied for it."""
+    return str(form(recipe, x)), form(recipe, x).copied
 
 
 class _Call:
@@ -198,9 +203,9 @@ class _Call:
     def __init__(self, recipe: Recipe, operands: Operands, owners: Owners = "sets") -> None:
         self.recipe, self.operands, self.owners = recipe, operands, owners
         x, mask, weight, bias = operands
-        form = _form(recipe, x, owners)
-        self.x = torch.empty_like(x).copy_(x) if form.copied else x
-        self.layout = tables.layout(form, x)
+        found = form(recipe, x, owners)
+        self.x = torch.empty_like(x).copy_(x) if found.copied else x
+        self.layout = tables.layout(found, x)
         self.mask_kind = None if recipe.mask is None or mask is None else "bool" if recipe.membership else "float"
         self.mask = None
         if mask is not None and self.mask_kind is not None:

@@ -1,0 +1,388 @@
+"""The autograd Functions of a call, and the two ways in which it is computed: bound by the library, or by a backend.
+
+Moments and sums over sets have the shape that the pattern writes, here and everywhere above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .arguments import Formula
+from .kernels import Gradients, Kept, Operands, Recipe, Room, Sums, Whole, aten
+from .library import library
+from .partition import Packed, Partition
+from .sets import Sets
+from .statistics import Moments, each
+from .watching import unwatched
+
+
+class Closer(Exception):  # noqa: N818  # no error: Python has to look closer at the arguments
+    """The library has given no answer."""
+
+
+class Bound(NamedTuple):
+    """A call that the library computes: it binds the pattern to the tensors anew, forward and backward."""
+
+    pattern: bytes
+    groups: tuple[Packed, ...]
+    formula: Formula
+    labels: Mapping[str, Partition]
+
+    @property
+    def options(self) -> Any:
+        return self.formula.options
+
+    def forward(self, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
+        """y, moments side by side, and the count, if sets differ in it."""
+        return _answer(library().forward(self.pattern, x, mask, weight, bias, self.groups))
+
+    def moments(self, x: Tensor, kept: Kept) -> Moments:
+        mean, low, m2 = kept[0].unbind()
+        count = kept[1] if kept[1] is not None else torch.full(mean.shape, x.numel() // mean.numel())
+        return Moments(count, mean, m2, low)
+
+    def backward(self, operands: Operands, kept: Kept, dy: Tensor, of_mask: bool) -> Gradients:
+        given = (self.pattern, *operands, self.groups, dy, *kept, of_mask)
+        return Gradients(*_answer(library().backward(*given)))
+
+    def statistics(self, x: Tensor, mask: Tensor | None) -> Moments:
+        return Moments(*_answer(library().statistics(self.pattern, x, mask, None, None, self.groups)))
+
+    def apply(self, operands: Operands, m: Moments) -> Tensor:
+        y: Tensor = _answer(library().apply(self.pattern, *operands, self.groups, m.count, m.mean, m.m2, m.low))
+        return y
+
+    def backward_sums(self, operands: Operands, m: Moments, dy: Tensor) -> Sums:
+        given = (self.pattern, *operands, self.groups, m.count, m.mean, m.m2, m.low, dy)
+        return Sums(*_answer(library().backward_sums(*given)))
+
+    def backward_dx(
+        self, operands: Operands, m: Moments, dy: Tensor | None, sums: Sums | None
+    ) -> tuple[Tensor, Tensor | None]:
+        both = (None, None) if sums is None else sums[:2]
+        given = (self.pattern, *operands, self.groups, m.count, m.mean, m.m2, m.low, dy, *both)
+        return cast("tuple[Tensor, Tensor | None]", _answer(library().backward_dx(*given)))
+
+    def same_sets(self, other: Any) -> bool:
+        """Whether these are the sets of the other call with the same x."""
+        if not isinstance(other, Bound):
+            return False
+        a, b = self.formula, other.formula
+        if a.spec.x != b.spec.x or a.spec.sets != b.spec.sets or a.sizes != b.sizes:
+            return False
+        return all(self.labels.get(l.label) is other.labels.get(l.label) for l in a.spec.sets.lookups())
+
+    def composed(self, operands: Operands) -> Composed:
+        """The same in operations that can be differentiated again."""
+        params = [operands[2:]] if self.formula.affines else []
+        recipe, _ = self.formula.prepare(operands.x, operands.mask, params, self.labels)
+        return Composed(recipe, cast(Room, aten))
+
+
+class Composed(NamedTuple):
+    """A call that a backend computes: the recipe of these tensors, and the backend."""
+
+    recipe: Recipe
+    room: Room
+
+    @property
+    def options(self) -> Any:
+        return self.recipe
+
+    @property
+    def sets(self) -> Sets:
+        return self.recipe.sets
+
+    def forward(self, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
+        y, kept = self.room.forward(self.recipe, Operands(x, mask, weight, bias))
+        return itself(y), *kept
+
+    def moments(self, x: Tensor, kept: Kept) -> Moments:
+        return self.room.moments(self.recipe, Operands(x), kept).outward(self.sets)
+
+    def backward(self, operands: Operands, kept: Kept, dy: Tensor, of_mask: bool) -> Gradients:
+        return self.room.backward(self.recipe, operands, kept, dy, of_mask=of_mask)
+
+    def statistics(self, x: Tensor, mask: Tensor | None) -> Moments:
+        return self.room.statistics(self.recipe, Operands(x, mask)).outward(self.sets)
+
+    def apply(self, operands: Operands, m: Moments) -> Tensor:
+        return itself(self.room.apply(self.recipe, operands, self._inward(m)))
+
+    def backward_sums(self, operands: Operands, m: Moments, dy: Tensor) -> Sums:
+        sums = self.room.backward_sums(self.recipe, operands, self._inward(m), dy)
+        return Sums(self.sets.outward(sums.grad), self.sets.outward(sums.grad_xhat), sums.weight, sums.bias)
+
+    def backward_dx(
+        self, operands: Operands, m: Moments, dy: Tensor | None, sums: Sums | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if sums is not None:
+            grad, grad_xhat = (self.sets.inward(t.expand(self.sets.shape)) for t in sums[:2])
+            sums = Sums(grad, grad_xhat, None, None)
+        return self.room.backward_dx(self.recipe, operands, self._inward(m), dy, sums)
+
+    def same_sets(self, other: Any) -> bool:
+        return isinstance(other, Composed) and self.sets.same(other.sets)
+
+    def composed(self, operands: Operands) -> Composed:
+        return Composed(self.recipe, cast(Room, aten))
+
+    def _inward(self, m: Moments) -> Moments:
+        return each(self.sets.inward, m)
+
+
+How = Bound | Composed
+
+
+def _answer(found: Any) -> Any:
+    if found is None:
+        raise Closer
+    return found
+
+
+def itself(y: Tensor) -> Tensor:
+    """A result that is no view of a tensor which nobody sees: `nn.ReLU(inplace=True)` may stand behind."""
+    if not y._is_view():
+        return y
+    same: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return same
+
+
+def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
+    for t in tensors:  # noqa: SIM110  # any() of a generator takes twice the time, at every call
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def seen_through(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether somebody has to see the operations themselves, so that nothing may hide them."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+        return True
+    for t in tensors:
+        if t is not None and (t.is_neg() or (type(t) is not Tensor and type(t) is not torch.nn.Parameter)):
+            return True  # a lazy minus sign is not in memory, and who knows what a subclass means
+    return derived(tensors)
+
+
+def derived(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether torch.func or forward mode is at work: an operator or an autograd Function would give the derivative
+    zero, silently."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None  # type: ignore[no-untyped-call]
+        for t in tensors
+    )
+
+
+def _again(how: How, operands: Operands, dy: Tensor | None) -> How:
+    """How backward computes: by the composition where it will be differentiated again, or where somebody watches."""
+    if torch.is_grad_enabled() or not (unwatched(operands.x) if dy is None else unwatched(dy) and not dy.is_neg()):
+        return how.composed(operands)
+    return how
+
+
+class Normalize(torch.autograd.Function):
+    """Saves x, the user's own operands and what is kept of the sets; nothing else of x's size."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: tuple[How, list[Any] | None],  # one argument, as each takes a third of a microsecond
+        *operands: Tensor | None,
+    ) -> Tensor:
+        found = how[0].forward(*operands)  # type: ignore[arg-type]
+        ctx.how = how[0]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*operands, *found[1:])
+        if how[1] is not None:
+            how[1].extend(found[1:])
+        y: Tensor = found[0]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 5
+        saved = ctx.saved_tensors  # asked for once: checkpointing unpacks each time
+        operands, kept = Operands(*saved[:4]), saved[4:]
+        how = _again(ctx.how, operands, dy)
+        needs = ctx.needs_input_grad
+        if how is not ctx.how:  # differentiated again: of moments that depend on x
+            return (None, *how.backward(operands, how.forward(*operands)[1:], dy, needs[2]))
+        if needs[1] or needs[2]:
+            try:
+                return (None, *how.backward(operands, kept, dy, needs[2]))
+            except Closer:
+                how = how.composed(operands)
+                return (None, *how.backward(operands, how.forward(*operands)[1:], dy, needs[2]))
+        sums = how.backward_sums(operands, how.moments(operands.x, kept), dy)
+        return (None, None, None, sums.weight, sums.bias)
+
+
+class OfWhole(torch.autograd.Function):
+    """y and the moments of sets of which a part lies in x: what is merged comes between the passes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, how: tuple[Recipe, Room, Sequence[Whole], bool], *operands: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        recipe, room, wholes, _ = ctx.how = how
+        given = Operands(*operands)  # type: ignore[arg-type]
+        m = merged(recipe, room.statistics(recipe, given), wholes)
+        fields = (m.count, m.mean, m.m2, *([] if m.low is None else [m.low]))
+        ctx.save_for_backward(*operands, *fields)
+        ctx.mark_non_differentiable(*fields)
+        return itself(room.apply(recipe, given, m)), *fields
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        recipe, room, wholes, needed = ctx.how
+        saved = ctx.saved_tensors
+        operands, m = Operands(*saved[:4]), Moments(*saved[4:])
+        if torch.is_grad_enabled() or seen_through((dy, saved[0])):  # differentiated again: by the composition
+            room, m = aten, merged(recipe, aten.statistics(recipe, operands), wholes)
+        sums = room.backward_sums(recipe, operands, m, dy)
+        if not needed:
+            return (None, None, None, sums.weight, sums.bias)
+        for whole in wholes:  # on every rank, if any needs it
+            sums = whole.sums(sums)
+        return (None, *room.backward_dx(recipe, operands, m, dy, sums), sums.weight, sums.bias)
+
+
+def merged(recipe: Recipe, m: Moments, wholes: Sequence[Whole]) -> Moments:
+    """The moments of the whole sets, in the internal shape."""
+    m = expanded(recipe, m)
+    for whole in wholes:
+        m = whole.moments(m)
+    return m
+
+
+def expanded(recipe: Recipe, m: Moments) -> Moments:
+    return each(lambda t: t.expand(recipe.sets.internal_shape), m)
+
+
+class Statistics(torch.autograd.Function):
+    """The moments of x. Saves x, a mask, and the moments."""
+
+    @staticmethod
+    def forward(ctx: Any, how: How, x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+        m = how.statistics(x, mask)
+        ctx.how, ctx.mask, ctx.waiting = how, mask, {}
+        fields = (m.count, m.mean, m.m2, m.low)
+        ctx.save_for_backward(x, mask, *fields)
+        ctx.mark_non_differentiable(*(t for t in (m.count, m.low) if t is not None))
+        return fields
+
+    @staticmethod
+    def backward(ctx: Any, _: Any, dmean: Tensor, dm2: Tensor, *__: Any) -> tuple[Tensor | None, ...]:
+        x, mask, *fields = ctx.saved_tensors
+        how, operands = ctx.how, Operands(x, mask)
+        task = torch._C._current_graph_task_id()
+        first, *others = [w for w in ctx.waiting.values() if w.task == task] or [None]
+        ctx.waiting = {}
+        if torch.is_grad_enabled() or seen_through((dmean, dm2, x)):  # differentiated again: by the composition
+            with torch.enable_grad():
+                m = how.composed(operands).statistics(x, mask)
+                dx = torch.autograd.grad((m.mean, m.m2), (x,), (dmean, dm2), create_graph=True)[0]
+            others = [w for w in (first, *others) if w is not None]
+        elif first is None:
+            sums = aten.backward_statistics(how.options, Moments(*fields), dmean, dm2)
+            dx = how.backward_dx(operands, Moments(*fields), None, sums)[0]
+        else:
+            sums = aten.backward_statistics(first.how.options, first.moments, dmean, dm2, Moments(*fields))
+            dx = first.dx(sums)
+        for w in others:
+            dx = dx + w.dx(None)
+        return None, dx, None
+
+
+class _Waiting(NamedTuple):
+    """A gradient of x that is left to `Statistics.backward`, which then goes over x once, and not twice."""
+
+    task: int  # the backward pass
+    how: How
+    operands: Operands
+    moments: Moments
+    dy: Tensor
+
+    def dx(self, sums: Sums | None) -> Tensor:
+        return self.how.backward_dx(self.operands, self.moments, self.dy, sums)[0]
+
+
+def statistics_behind(how: How, operands: Operands, external: Moments) -> Any:
+    """The node of `Statistics` from which these moments were made, if it is one of the same sets of the same x.
+
+    Its gradient of x goes where that of `Apply` goes, and after it: so one may take the other along. None, if there is
+    no such node near.
+    """
+    x, mask, o = operands.x, operands.mask, how.options
+    if not x.requires_grad or o.eps == 0 or not o.center or not o.scale:
+        return None
+    edge = tuple(torch.autograd.graph.get_gradient_edge(x))[:2]
+    nodes = [t.grad_fn for t in (external.mean, external.m2) if t.grad_fn is not None]
+    seen, kind = set(nodes), cast(Any, Statistics)._backward_cls
+    while nodes and len(seen) < 512:
+        node: Any = nodes.pop()
+        if isinstance(node, kind):
+            if node.mask is mask and node.next_functions[0] == edge and node.how.same_sets(how):
+                return node
+            continue
+        new = {after for after, _ in node.next_functions if after is not None and after not in seen}
+        seen |= new
+        nodes.extend(new)
+    return None
+
+
+class Apply(torch.autograd.Function):
+    """Normalizes by moments from elsewhere, to which gradients flow."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        how: tuple[How, Any],
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        *fields: Tensor | None,
+    ) -> Tensor:
+        y = how[0].apply(Operands(x, mask, weight, bias), Moments(*fields))  # type: ignore[arg-type]
+        ctx.how = how
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mask, weight, bias, *fields)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 9
+        how, behind = ctx.how
+        saved = ctx.saved_tensors
+        operands, moments = Operands(*saved[:4]), Moments(*saved[4:])
+        if torch.is_grad_enabled() or seen_through((*saved, dy)):
+            how, behind = how.composed(operands), None
+        needs = ctx.needs_input_grad
+        sums = Sums(*[None] * 4)  # type: ignore[arg-type]
+        if any(needs[3:]):
+            sums = how.backward_sums(operands, moments, dy)
+        dx = None
+        if behind is not None:
+            task = torch._C._current_graph_task_id()
+            behind.waiting[id(ctx)] = _Waiting(task, how, operands, each(Tensor.detach, moments), dy)
+        elif needs[1]:
+            dx = how.backward_dx(operands, moments, dy, None)[0]
+        of_moments = aten.backward_moments(how.options, moments, sums) if any(needs[5:]) else (None, None, None)
+        return (None, dx, None, sums.weight, sums.bias, *of_moments, None)
+
+
+# To C at once: `Function.apply` asks in Python for torch.func, which whoever calls these has done. 5 us of every call.
+normalized = super(torch.autograd.Function, Normalize).apply
+measured = super(torch.autograd.Function, Statistics).apply
+applied = super(torch.autograd.Function, Apply).apply

@@ -1,0 +1,682 @@
+// The module that Python calls. Each function reads its tensors, binds the pattern to them, and runs one kernel.
+//
+// An answer of None means that Python has to look closer: it repeats the checks and raises the error in words, or takes
+// another backend. No function of this file raises because of a shape, a dtype or a value.
+#include <cmath>
+#include <limits>
+
+#include "entry.h"
+#include "tensors.h"
+
+namespace {
+
+constexpr int64_t GRAIN = 1 << 15;  // elements below which a kernel takes one thread, as in kernel.cpp
+
+const Pattern* pattern_of(PyObject* o) { return reinterpret_cast<const Pattern*>(PyBytes_AsString(o)); }
+
+// --- the pattern -----------------------------------------------------------------------------------------------------
+
+// The numbers of a tuple. False: there are too many.
+template <class I>
+bool numbers(PyObject* tuple, I* to, int32_t& n) {
+    Py_ssize_t size = PyTuple_Size(tuple);
+    if (size < 0 || size > MOST) return false;
+    n = int32_t(size);
+    for (Py_ssize_t i = 0; i < size; ++i) to[i] = I(PyLong_AsLongLong(PyTuple_GetItem(tuple, i)));
+    return true;
+}
+
+// pattern(dims, dim of each axis, its told size or -1, axes of each label, sets, mask or None, params or None, center,
+// scale, activation, whether labels merge axes, eps): the pattern as bytes, or None where it is too large. An operand is a
+// tuple of elements, an element one of terms: an axis, or ~label.
+PyObject* pattern(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 12) return PyErr_Format(PyExc_TypeError, "pattern takes 12 arguments");
+    Pattern p;
+    std::memset(&p, 0, sizeof p);
+    int32_t rank;
+    p.dims = int32_t(PyLong_AsLongLong(a[0]));
+    if (p.dims > MOST || !numbers(a[1], p.dim_of, p.rank) || !numbers(a[2], p.told, rank)) Py_RETURN_NONE;
+    if (rank != p.rank || PyTuple_Size(a[3]) > MOST) Py_RETURN_NONE;
+    p.labels = int32_t(PyTuple_Size(a[3]));
+    for (int l = 0; l < p.labels; ++l)
+        if (!numbers(PyTuple_GetItem(a[3], l), p.label_axes[l], p.label_rank[l])) Py_RETURN_NONE;
+    for (int o = 0; o < OPERANDS; ++o) {
+        PyObject* elements = a[4 + o];
+        if (elements == Py_None) continue;
+        p.present[o] = 1;
+        Terms& terms = p.operand[o];
+        if (PyTuple_Size(elements) > MOST) Py_RETURN_NONE;
+        terms.elements = int32_t(PyTuple_Size(elements));
+        for (int e = 0; e < terms.elements; ++e) {
+            int32_t term[MOST];
+            if (!numbers(PyTuple_GetItem(elements, e), term, terms.length[e]) || terms.n + terms.length[e] > MOST) Py_RETURN_NONE;
+            std::copy(term, term + terms.length[e], terms.term + terms.n);
+            terms.n += terms.length[e];
+        }
+    }
+    p.center = PyObject_IsTrue(a[7]), p.scale = PyObject_IsTrue(a[8]), p.activation = PyLong_AsLongLong(a[9]);
+    p.labels_merge = PyObject_IsTrue(a[10]), p.eps = PyFloat_AsDouble(a[11]);
+    if (PyErr_Occurred()) return nullptr;
+    return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&p), sizeof p);
+}
+
+// --- what all entries share ------------------------------------------------------------------------------------------
+
+enum Ready { NO, YES, RAISED };
+
+struct Prepared {
+    const Pattern* p;
+    Numbers v;
+    Tables tables;
+    Form f;
+    Call c{};
+    Ref x, mask, weight, bias;  // as the kernel reads them: the user's own, or converted
+    bool weighs = false;        // the mask is floating
+    int64_t wide, bytes;        // the type of statistics, and its size
+    Ref y;
+    char* at_y = nullptr;
+    int64_t sets_shape[MOST];
+    int sets_dims = 0;
+};
+
+// A tensor that a kernel reads: contiguous, of the type. Itself, or converted.
+Ready take(PyObject* o, int64_t type, View& v, Ref& kept) {
+    if (!read(o, v) || is_negated(o)) return NO;
+    if (v.type == type && v.contiguous()) {
+        Py_INCREF(o);
+        kept = o;
+        return YES;
+    }
+    if ((v.type >= BOOL) != (type >= BOOL) || (type == BOOL && v.type != BOOL)) return NO;
+    kept = PyObject_CallFunctionObjArgs(torch.convert, o, torch.dtypes[type], nullptr);
+    if (!kept) return RAISED;
+    return read(kept.get(), v) ? YES : NO;
+}
+
+PyObject* like(PyObject* o, char*& data) {
+    Ref made(PyObject_CallFunctionObjArgs(torch.empty_like, o, nullptr));
+    View v;
+    if (!made) return nullptr;
+    if (!read(made.get(), v)) return PyErr_Format(PyExc_RuntimeError, "torch.empty_like returned what flexnorm cannot read");
+    data = v.data;
+    return made.release();
+}
+
+bool weights_are_good(const View& v) {
+    const int64_t n = v.numel();
+    bool good = true;
+    auto all = [&](auto* w) {
+        using T = std::decay_t<decltype(*w)>;
+        for (int64_t i = 0; i < n; ++i) good = good & (w[i] >= 0) & (w[i] <= std::numeric_limits<T>::max());
+    };
+    if (v.type == F64) all(reinterpret_cast<const double*>(v.data));
+    else all(reinterpret_cast<const float*>(v.data));
+    return good;
+}
+
+// a: pattern, x, mask, weight, bias, labels: a tuple of (ids, count, offsets, order or None). With `result`, y is made.
+Ready prepare(PyObject* const* a, Prepared& q, bool result) {
+    View x, y, t;
+    q.p = pattern_of(a[0]);
+    const Pattern& p = *q.p;
+    if (!read(a[1], x) || x.type > F16 || x.ndim != p.dims || is_negated(a[1])) return NO;
+    Numbers& v = q.v;
+    Call& c = q.c;
+    v.dtype = x.type, v.mask_kind = EVERYTHING, v.mask_dims = v.param_dims = -1;
+    q.wide = x.type == F64 ? F64 : F32, q.bytes = x.type == F64 ? 8 : 4;
+    for (int d = 0; d < x.ndim; ++d) {
+        if (x.shape[d] == 0) return NO;
+        v.size[d] = x.shape[d], v.x[d] = v.y[d] = x.stride[d];
+    }
+    if (result || !x.contiguous()) {  // without a result its strides still say in which order x is walked
+        if (!(q.y = like(a[1], q.at_y))) return RAISED;
+        read(q.y.get(), y);
+        std::copy(y.stride, y.stride + y.ndim, v.y);
+    }
+    if (a[2] != Py_None) {
+        if (!p.present[OF_MASK] || !read(a[2], t) || t.type > BOOL) return NO;
+        q.weighs = t.type != BOOL;
+        if (Ready done = take(a[2], q.weighs ? q.wide : int64_t(BOOL), t, q.mask); done != YES) return done;
+        if (q.weighs && !weights_are_good(t)) return NO;
+        v.mask_kind = q.weighs ? WEIGHTS : MEMBERSHIP, v.mask_dims = t.ndim, c.mask = t.data;
+        std::copy(t.shape, t.shape + t.ndim, v.mask_size);
+    }
+    for (int i = 3; i < 5; ++i) {
+        if (a[i] == Py_None) continue;
+        if (!p.present[OF_PARAMS]) return NO;
+        if (Ready done = take(a[i], q.wide, t, i == 3 ? q.weight : q.bias); done != YES) return done;
+        if (v.param_dims >= 0 && (t.ndim != v.param_dims || !std::equal(t.shape, t.shape + t.ndim, v.param_size))) return NO;
+        v.param_dims = t.ndim;
+        std::copy(t.shape, t.shape + t.ndim, v.param_size);
+        (i == 3 ? c.weight : c.bias) = t.data;
+    }
+    if (p.present[OF_PARAMS] && v.param_dims < 0) return NO;
+    if (PyTuple_Size(a[5]) != p.labels) return NO;
+    for (int l = 0; l < p.labels; ++l) {
+        PyObject* label = PyTuple_GetItem(a[5], l);
+        if (!read(PyTuple_GetItem(label, 0), t) || t.type != INT64 || t.ndim != p.label_rank[l]) return NO;
+        v.label[l].ids = reinterpret_cast<int64_t*>(t.data);
+        std::copy(t.shape, t.shape + t.ndim, v.label_size[l]);
+        v.label[l].count = PyLong_AsLongLong(PyTuple_GetItem(label, 1));
+        if (!read(PyTuple_GetItem(label, 2), t)) return NO;
+        v.label[l].offsets = reinterpret_cast<int64_t*>(t.data), v.label[l].order = nullptr;
+        if (PyObject* order = PyTuple_GetItem(label, 3); order != Py_None) {
+            if (!read(order, t)) return NO;
+            v.label[l].order = reinterpret_cast<int64_t*>(t.data);
+        }
+    }
+    Binder b(p, v, q.tables);
+    if (!b.sizes() || !b.form(q.f, a[2] != Py_None)) return NO;
+    q.sets_dims = b.shape(OF_SETS, q.sets_shape);
+    c.x = x.data, c.y = result ? q.at_y : nullptr;
+    if (b.copied) {
+        q.x = PyObject_CallFunctionObjArgs(torch.copy, a[1], nullptr);
+        if (!q.x) return RAISED;
+        if (!read(q.x.get(), x)) return NO;
+        c.x = x.data;
+    }
+    c.threads = 1;
+    if (q.f.numel >= GRAIN) {
+        Ref threads(PyObject_CallFunctionObjArgs(torch.num_threads, nullptr));
+        if (!threads) return RAISED;
+        c.threads = PyLong_AsLongLong(threads.get());
+    }
+    return YES;
+}
+
+#define PREPARE(result)                         \
+    Prepared q;                                 \
+    switch (prepare(a, q, result)) {            \
+        case NO: PyErr_Clear(); Py_RETURN_NONE; \
+        case RAISED: return nullptr;            \
+        case YES: break;                        \
+    }
+
+bool work(Prepared& q, What what) {
+    q.c.what = what;
+    int failed;
+    Py_BEGIN_ALLOW_THREADS failed = run(q.f, q.c);
+    Py_END_ALLOW_THREADS if (failed) PyErr_SetString(PyExc_MemoryError, "flexnorm: no memory for the sums of a kernel");
+    return !failed;
+}
+
+// Memory of a number for every set, in the shape that the pattern writes. Of labels no value may be left out.
+PyObject* over_sets(Prepared& q, int64_t type, char*& data) {
+    PyObject* made = fresh(q.sets_shape, q.sets_dims, type, data);
+    if (made && q.p->labels_merge) std::memset(data, 0, size_t(q.f.n_sets) * (type == F32 ? 4 : 8));
+    return made;
+}
+
+// Memory for the count, where sets differ in it.
+bool count_to_write(Prepared& q, Ref& count) {
+    if (q.f.count != 0) return true;
+    char* data;
+    if (!(count = over_sets(q, q.weighs ? q.wide : int64_t(INT64), data))) return false;
+    q.c.count = data, q.c.count_wide = q.weighs;
+    return true;
+}
+
+// Mean, low and M2 side by side: [3, sets].
+bool moments_to_write(Prepared& q, Ref& moments) {
+    char* data;
+    if (!(moments = fresh({3, q.f.n_sets}, q.wide, data))) return false;
+    const int64_t one = q.f.n_sets * q.bytes;
+    if (q.p->labels_merge) std::memset(data, 0, size_t(3 * one));
+    q.c.mean = data, q.c.low = data + one, q.c.m2 = data + 2 * one;
+    return true;
+}
+
+void packed_moments(Prepared& q, const View& v) {
+    const int64_t one = q.f.n_sets * q.bytes;
+    q.c.mean = v.data, q.c.low = v.data + one, q.c.m2 = v.data + 2 * one;
+}
+
+struct Given {  // moments that came from elsewhere, as a kernel reads them
+    Ref count, mean, m2, low;
+    std::vector<char> zeros, about_zero;
+};
+
+template <class T>
+void turn_about_zero(Prepared& q, const void* m2, void* to) {
+    const T *mean = static_cast<const T*>(q.c.mean), *old = static_cast<const T*>(m2);
+    const T* wide = static_cast<const T*>(q.c.count);
+    const int64_t* whole = static_cast<const int64_t*>(q.c.count);
+    for (int64_t i = 0; i < q.f.n_sets; ++i)
+        static_cast<T*>(to)[i] = old[i] + (q.c.count_wide ? wide[i] : T(whole[i])) * (mean[i] * mean[i]);
+}
+
+// a: count, mean, m2, low or None, of the shape that the pattern writes. Without centering M2 is turned to that about zero.
+Ready given(Prepared& q, PyObject* const* a, Given& g) {
+    View v;
+    Ref* kept[4] = {&g.count, &g.mean, &g.m2, &g.low};
+    char* at[4] = {};
+    for (int i = 0; i < 4; ++i) {
+        if (a[i] == Py_None) continue;
+        if (!read(a[i], v)) return NO;
+        bool whole = i == 0 && v.type == INT64;
+        if (Ready done = take(a[i], whole ? int64_t(INT64) : q.wide, v, *kept[i]); done != YES) return done;
+        if (v.ndim != q.sets_dims || !std::equal(v.shape, v.shape + v.ndim, q.sets_shape)) return NO;
+        if (i == 0) q.c.count_wide = !whole;
+        at[i] = v.data;
+    }
+    if (!at[0] || !at[1] || !at[2]) return NO;
+    if (!at[3]) {
+        g.zeros.assign(size_t(q.f.n_sets * q.bytes), 0);
+        at[3] = g.zeros.data();
+    }
+    q.c.count = at[0], q.c.mean = at[1], q.c.m2 = at[2], q.c.low = at[3];
+    if (!q.p->center) {
+        g.about_zero.resize(size_t(q.f.n_sets * q.bytes));
+        if (q.wide == F64) turn_about_zero<double>(q, at[2], g.about_zero.data());
+        else turn_about_zero<float>(q, at[2], g.about_zero.data());
+        q.c.m2 = g.about_zero.data();
+    }
+    return YES;
+}
+
+#define GIVEN(first)                            \
+    Given g;                                    \
+    switch (given(q, a + (first), g)) {         \
+        case NO: PyErr_Clear(); Py_RETURN_NONE; \
+        case RAISED: return nullptr;            \
+        case YES: break;                        \
+    }
+
+// dy with the strides of y.
+Ready take_dy(Prepared& q, PyObject* x, PyObject* dy, Ref& kept) {
+    View v;
+    if (dy == Py_None) return YES;
+    if (!read(dy, v) || is_negated(dy)) return NO;
+    bool same = v.type == q.v.dtype && v.ndim == q.p->dims;
+    for (int d = 0; same && d < v.ndim; ++d)
+        same = v.shape[d] == q.v.size[d] && (v.shape[d] == 1 || v.stride[d] == q.v.y[d]);
+    if (!same) {
+        kept = PyObject_CallFunctionObjArgs(torch.copy, x, dy, nullptr);
+        if (!kept) return RAISED;
+        if (!read(kept.get(), v)) return NO;
+    }
+    q.c.dy = v.data;
+    return YES;
+}
+
+#define TAKE_DY(dy)                             \
+    Ref own_dy;                                 \
+    switch (take_dy(q, a[1], dy, own_dy)) {     \
+        case NO: PyErr_Clear(); Py_RETURN_NONE; \
+        case RAISED: return nullptr;            \
+        case YES: break;                        \
+    }
+
+struct Gradients {  // of the mask, weight and bias, as the kernel writes them
+    Ref mask, weight, bias;
+
+    bool make(Prepared& q, bool of_mask, bool of_params) {
+        char* data;
+        if (of_mask && q.weighs) {
+            if (!(mask = like(q.mask.get(), data))) return false;
+            q.c.dmask = data;
+        }
+        if (of_params && q.weight) {
+            if (!(weight = like(q.weight.get(), data))) return false;
+            q.c.dweight = data;
+        }
+        if (of_params && q.bias) {
+            if (!(bias = like(q.bias.get(), data))) return false;
+            q.c.dbias = data;
+        }
+        return true;
+    }
+
+    // In the dtype of the operand.
+    static bool as(Ref& gradient, const Ref& read, PyObject* operand) {
+        if (!gradient || read.get() == operand) return true;
+        Ref dtype(PyObject_GetAttr(operand, torch.dtype));
+        if (!dtype) return false;
+        gradient = PyObject_CallFunctionObjArgs(torch.convert, gradient.get(), dtype.get(), nullptr);
+        return bool(gradient);
+    }
+    bool settle(Prepared& q, PyObject* const* a) {
+        return as(mask, q.mask, a[2]) && as(weight, q.weight, a[3]) && as(bias, q.bias, a[4]);
+    }
+};
+
+// --- entries. The first six arguments are those of `prepare`. --------------------------------------------------------
+
+#define ENTRY(name, n_arguments)                                                                     \
+    PyObject* name(PyObject*, PyObject* const* a, Py_ssize_t n) {                                    \
+        if (n != (n_arguments)) return PyErr_Format(PyExc_TypeError, #name " takes %d arguments", n_arguments);
+
+// y
+ENTRY(evaluate, 6)
+    PREPARE(true)
+    return work(q, FORWARD) ? q.y.release() : nullptr;
+}
+
+// y, moments [3, sets], count or None where all sets have the same
+ENTRY(forward, 6)
+    PREPARE(true)
+    Ref moments, count;
+    if (!moments_to_write(q, moments) || !count_to_write(q, count) || !work(q, FORWARD)) return nullptr;
+    return PyTuple_Pack(3, q.y.get(), moments.get(), count.or_none());
+}
+
+// count, mean, m2, low in the shape of the sets
+ENTRY(statistics, 6)
+    PREPARE(false)
+    char *at_count = nullptr, *mean, *m2, *low;
+    Ref count, of_mean(over_sets(q, q.wide, mean)), of_m2(over_sets(q, q.wide, m2)), of_low(over_sets(q, q.wide, low));
+    if (!of_mean || !of_m2 || !of_low || !count_to_write(q, count)) return nullptr;
+    if (!count) {
+        if (!(count = over_sets(q, INT64, at_count))) return nullptr;
+        std::fill_n(reinterpret_cast<int64_t*>(at_count), q.f.n_sets, int64_t(q.f.count));
+    }
+    q.c.mean = mean, q.c.m2 = m2, q.c.low = low;
+    if (!work(q, STATISTICS)) return nullptr;
+    return PyTuple_Pack(4, count.get(), of_mean.get(), of_m2.get(), of_low.get());
+}
+
+// ..., count, mean, m2, low: y
+ENTRY(apply, 10)
+    PREPARE(true)
+    GIVEN(6)
+    return work(q, APPLY) ? q.y.release() : nullptr;
+}
+
+// ..., dy, moments [3, sets], count or None, whether the gradient of a mask is wanted: those of x, mask, weight, bias
+ENTRY(backward, 10)
+    PREPARE(true)
+    TAKE_DY(a[6])
+    View v;
+    Gradients gradients;
+    if (!read(a[7], v)) Py_RETURN_NONE;
+    packed_moments(q, v);
+    if (a[8] != Py_None) {
+        if (!read(a[8], v)) Py_RETURN_NONE;
+        q.c.count = v.data, q.c.count_wide = v.type != INT64;
+    }
+    if (!gradients.make(q, PyObject_IsTrue(a[9]), true) || !work(q, BACKWARD) || !gradients.settle(q, a)) return nullptr;
+    return PyTuple_Pack(4, q.y.get(), gradients.mask.or_none(), gradients.weight.or_none(), gradients.bias.or_none());
+}
+
+// ..., count, mean, m2, low, dy: the sums of g and g * xhat in the shape of the sets, the gradients of weight and bias
+ENTRY(backward_sums, 11)
+    PREPARE(false)
+    GIVEN(6)
+    TAKE_DY(a[10])
+    char *sum_g, *sum_gx;
+    Ref of_g(over_sets(q, q.wide, sum_g)), of_gx(over_sets(q, q.wide, sum_gx));
+    Gradients gradients;
+    if (!of_g || !of_gx || !gradients.make(q, false, true)) return nullptr;
+    q.c.sum_g = sum_g, q.c.sum_gx = sum_gx;
+    if (!work(q, BACKWARD_SUMS) || !gradients.settle(q, a)) return nullptr;
+    return PyTuple_Pack(4, of_g.get(), of_gx.get(), gradients.weight.or_none(), gradients.bias.or_none());
+}
+
+// ..., count, mean, m2, low, dy or None, sums of g and of g * xhat or None: the gradients of x and of a floating mask.
+// Without sums the moments do not depend on x.
+ENTRY(backward_dx, 13)
+    PREPARE(true)
+    GIVEN(6)
+    TAKE_DY(a[10])
+    Ref sums[2];
+    Gradients gradients;
+    for (int i = 0; i < 2; ++i) {
+        if (a[11 + i] == Py_None) continue;
+        View v;
+        Ready done = take(a[11 + i], q.wide, v, sums[i]);
+        if (done == RAISED) return nullptr;
+        if (done == NO || v.numel() != q.f.n_sets) {
+            PyErr_Clear();
+            Py_RETURN_NONE;
+        }
+        (i == 0 ? q.c.sum_g : q.c.sum_gx) = v.data;
+    }
+    if (!gradients.make(q, bool(sums[0]), false) || !work(q, BACKWARD_DX) || !gradients.settle(q, a)) return nullptr;
+    return PyTuple_Pack(2, q.y.get(), gradients.mask.or_none());
+}
+
+// --- labels ----------------------------------------------------------------------------------------------------------
+
+// groups(ids, number of groups or None): a copy of the ids, their number, where each group begins, and the order of the
+// elements where the ids fall somewhere. None: an id is out of range, or this is no plain tensor of integers.
+PyObject* groups(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
+    View v;
+    if (n_arguments != 2) return PyErr_Format(PyExc_TypeError, "groups takes 2 arguments");
+    if (!read(a[0], v) || (v.type != INT64 && v.type != INT32) || !v.contiguous()) Py_RETURN_NONE;
+    const int64_t n = v.numel();
+    char *at_ids, *at_offsets, *at_order;
+    Ref ids(fresh(v.shape, int(v.ndim), INT64, at_ids));
+    if (!ids) return nullptr;
+    int64_t* own = reinterpret_cast<int64_t*>(at_ids);
+    int64_t most = -1, least = 0;
+    bool falls = false;
+    auto pass = [&](auto* from) {
+        for (int64_t i = 0; i < n; ++i) {
+            const int64_t id = from[i];
+            own[i] = id;
+            most = std::max(most, id), least = std::min(least, id);
+        }
+        for (int64_t i = 1; i < n; ++i) falls = falls | (own[i] < own[i - 1]);
+    };
+    if (v.type == INT64) pass(reinterpret_cast<const int64_t*>(v.data));
+    else pass(reinterpret_cast<const int32_t*>(v.data));
+    int64_t count = most + 1;
+    if (a[1] != Py_None) {
+        count = PyLong_AsLongLong(a[1]);
+        if (PyErr_Occurred()) {
+            PyErr_Clear();
+            Py_RETURN_NONE;
+        }
+    }
+    if (least < 0 || most >= count || count > 4 * n + (1 << 20)) Py_RETURN_NONE;
+    Ref offsets(fresh({count + 1}, INT64, at_offsets)), order;
+    if (!offsets) return nullptr;
+    int64_t* ends = reinterpret_cast<int64_t*>(at_offsets);
+    if (!falls) {
+        int64_t group = 0;
+        ends[0] = 0;
+        for (int64_t i = 0; i < n; ++i)
+            while (group < own[i]) ends[++group] = i;
+        while (group < count) ends[++group] = n;
+    } else {
+        if (!(order = fresh({n}, INT64, at_order))) return nullptr;
+        std::fill_n(ends, count + 1, int64_t(0));
+        for (int64_t i = 0; i < n; ++i) ++ends[own[i] + 1];
+        for (int64_t g = 0; g < count; ++g) ends[g + 1] += ends[g];
+        std::vector<int64_t> next(ends, ends + count);
+        int64_t* sorted = reinterpret_cast<int64_t*>(at_order);
+        for (int64_t i = 0; i < n; ++i) sorted[next[size_t(own[i])]++] = i;
+    }
+    Ref number(PyLong_FromLongLong(count));
+    return number ? PyTuple_Pack(4, ids.get(), number.get(), offsets.get(), order.or_none()) : nullptr;
+}
+
+// --- running statistics ----------------------------------------------------------------------------------------------
+
+template <class T>
+void move(View& mean, View& var, const T* m, const T* m2, const int64_t* whole, const T* wide, double momentum, bool& any) {
+    const int64_t n = mean.numel();
+    T *of_mean = reinterpret_cast<T*>(mean.data), *of_var = reinterpret_cast<T*>(var.data);
+    const T weight = T(momentum);
+    auto lerp = [&](T from, T to) {  // as torch.lerp
+        return weight < T(.5) ? from + weight * (to - from) : to - (to - from) * (1 - weight);
+    };
+    for (int64_t i = 0; i < n; ++i) {
+        T c = whole ? T(whole[i]) : wide[i];
+        if (!(c > 0)) continue;
+        any = true;
+        of_mean[i] = lerp(of_mean[i], m[i]);
+        // Weights do not count, so they have no unbiased variance.
+        if (wide) of_var[i] = lerp(of_var[i], m2[i] / c);
+        else if (c > 1) of_var[i] = lerp(of_var[i], m2[i] / (c - 1));
+    }
+}
+
+// track(running mean, running variance, number of batches, momentum, count, mean, m2): True, and the running statistics
+// have moved towards those of a batch. None: Python moves them.
+PyObject* track(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 7) return PyErr_Format(PyExc_TypeError, "track takes 7 arguments");
+    View v[7];
+    for (int i = 0; i < 7; ++i) {
+        if (i == 3) continue;
+        if (!read(a[i], v[i]) || !v[i].contiguous()) Py_RETURN_NONE;
+        if (i != 2 && v[i].numel() != v[0].numel()) Py_RETURN_NONE;
+    }
+    View &mean = v[0], &var = v[1], &batches = v[2], &count = v[4];
+    const double momentum = PyFloat_AsDouble(a[3]);
+    if (PyErr_Occurred()) return nullptr;
+    if (batches.type != INT64 || batches.ndim != 0 || var.type != mean.type || v[5].type != mean.type || v[6].type != mean.type) Py_RETURN_NONE;
+    if (count.type != INT64 && count.type != mean.type) Py_RETURN_NONE;
+    bool any = false;
+    auto go = [&](auto one) {
+        using T = decltype(one);
+        auto of = [](View& t) { return reinterpret_cast<const T*>(t.data); };
+        const int64_t* whole = count.type == INT64 ? reinterpret_cast<int64_t*>(count.data) : nullptr;
+        move<T>(mean, var, of(v[5]), of(v[6]), whole, whole ? nullptr : of(count), momentum, any);
+    };
+    if (mean.type == F64) go(double());
+    else if (mean.type == F32) go(float());
+    else Py_RETURN_NONE;
+    *reinterpret_cast<int64_t*>(batches.data) += any;
+    Py_RETURN_TRUE;
+}
+
+// --- what the binder chooses, for those who ask ----------------------------------------------------------------------
+
+template <class V>
+PyObject* listed(const V* values, int64_t n) {
+    PyObject* list = PyTuple_New(Py_ssize_t(n));
+    for (int64_t i = 0; list && i < n; ++i) PyTuple_SetItem(list, Py_ssize_t(i), PyLong_FromLongLong(int64_t(values[i])));
+    return list;
+}
+
+void put(PyObject* dict, const char* name, PyObject* value) {
+    Ref own(value);
+    if (own) PyDict_SetItemString(dict, name, own.get());
+}
+void put(PyObject* dict, const char* name, int64_t value) { put(dict, name, PyLong_FromLongLong(value)); }
+template <class V>
+void put(PyObject* dict, const char* name, const V* values, int64_t n) {
+    if (values) put(dict, name, listed(values, n));
+}
+
+PyObject* described(const Dim* dims, int64_t n) {
+    PyObject* list = PyTuple_New(Py_ssize_t(n));
+    for (int64_t i = 0; i < n; ++i) {
+        int64_t all[1 + STEPS] = {dims[i].size};
+        std::copy(dims[i].step, dims[i].step + STEPS, all + 1);
+        PyTuple_SetItem(list, Py_ssize_t(i), listed(all, 1 + STEPS));
+    }
+    return list;
+}
+
+PyObject* described(const Column& c, int64_t columns) {
+    PyObject* dict = PyDict_New();
+    put(dict, "kind", c.kind), put(dict, "count", c.count), put(dict, "blocks", c.blocks);
+    if (c.kind == TABLE) put(dict, "table", c.table, c.blocks * columns);
+    put(dict, "offsets", c.offsets, c.count);
+    return dict;
+}
+
+// bind(pattern, dtype, sizes of x, its strides, those of y, kind of the mask, labels as for `prepare`, or None): the form,
+// as a dict. Without labels: only the axes in the order of the memory, and the place of the cut.
+PyObject* bind(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
+    if (n_arguments != 7) return PyErr_Format(PyExc_TypeError, "bind takes 7 arguments");
+    const Pattern& p = *pattern_of(a[0]);
+    Numbers v;
+    Tables tables;
+    Form f;
+    View t;
+    int32_t dims[3];
+    v.dtype = PyLong_AsLongLong(a[1]), v.mask_kind = PyLong_AsLongLong(a[5]), v.mask_dims = v.param_dims = -1;
+    if (!numbers(a[2], v.size, dims[0]) || !numbers(a[3], v.x, dims[1]) || !numbers(a[4], v.y, dims[2])) Py_RETURN_NONE;
+    if (dims[0] != p.dims || dims[1] != p.dims || dims[2] != p.dims) Py_RETURN_NONE;
+    const bool labelled = a[6] != Py_None;
+    for (int l = 0; l < p.labels; ++l) {
+        if (!labelled) {  // counts are not read before tables are made
+            v.label[l] = Label{nullptr, 1, nullptr, nullptr};
+            continue;
+        }
+        PyObject* label = PyTuple_GetItem(a[6], l);
+        if (!read(PyTuple_GetItem(label, 0), t) || t.type != INT64 || t.ndim != p.label_rank[l]) Py_RETURN_NONE;
+        v.label[l].ids = reinterpret_cast<int64_t*>(t.data);
+        std::copy(t.shape, t.shape + t.ndim, v.label_size[l]);
+        v.label[l].count = PyLong_AsLongLong(PyTuple_GetItem(label, 1));
+        if (!read(PyTuple_GetItem(label, 2), t)) Py_RETURN_NONE;
+        v.label[l].offsets = reinterpret_cast<int64_t*>(t.data), v.label[l].order = nullptr;
+        if (PyObject* order = PyTuple_GetItem(label, 3); order != Py_None && read(order, t))
+            v.label[l].order = reinterpret_cast<int64_t*>(t.data);
+    }
+    Binder b(p, v, tables);
+    if (!labelled)
+        for (int l = 0; l < p.labels; ++l) std::fill_n(v.label_size[l], MOST, int64_t(0));
+    if (!b.sizes(labelled)) Py_RETURN_NONE;
+    Ref made(PyDict_New());
+    PyObject* to = made.get();
+    if (!labelled) b.choose();
+    else if (!b.form(f, v.mask_kind != EVERYTHING)) Py_RETURN_NONE;
+    put(to, "order", b.order, b.n), put(to, "cut", b.cut), put(to, "copied", b.copied);
+    if (!labelled) return made.release();
+    put(to, "columns", f.columns), put(to, "injective", f.injective), put(to, "numel", f.numel);
+    put(to, "outer", described(f.outer, f.n_outer)), put(to, "inner", described(f.inner, f.n_inner));
+    put(to, "segment", described(f.segment, f.n_segment)), put(to, "groups", f.groups);
+    put(to, "outer_at", f.outer_at), put(to, "inner_at", f.inner_at), put(to, "segment_step", f.segment_step);
+    int64_t elements = f.n_segment ? 1 : 0, labels_of = 1;
+    for (int i = 0; i < f.n_segment; ++i) elements *= f.segment[i].size;
+    if (elements) put(to, "group_offsets", f.offsets, f.groups + 1), put(to, "group_order", f.order, elements);
+    put(to, "group_sets", f.segment_sets, f.groups);
+    put(to, "sets", described(f.sets, f.columns)), put(to, "mask", described(f.mask, f.columns));
+    put(to, "params", described(f.params, f.columns));
+    if (f.param_label) labels_of = int64_t(tables.param_label.size());
+    put(to, "param_label", f.param_label, labels_of);
+    put(to, "n_sets", f.n_sets), put(to, "count", int64_t(f.count));
+    return PyErr_Occurred() ? nullptr : made.release();
+}
+
+// --- the module ------------------------------------------------------------------------------------------------------
+
+// setup(torch, convert, copy, table of DLPack functions or None)
+PyObject* setup(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 4) return PyErr_Format(PyExc_TypeError, "setup takes 4 arguments");
+    auto of = [&](const char* name) { return PyObject_GetAttrString(a[0], name); };
+    const char* names[TYPES] = {"float32", "float64", "bfloat16", "float16", "bool", "int64", "int32"};
+    for (int i = 0; i < TYPES; ++i) torch.dtypes[i] = of(names[i]);
+    torch.tensor = reinterpret_cast<PyTypeObject*>(of("Tensor"));
+    Ref nn(of("nn"));
+    if (!nn) return nullptr;
+    torch.parameter = reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(nn.get(), "Parameter"));
+    torch.empty = of("empty"), torch.empty_like = of("empty_like"), torch.num_threads = of("get_num_threads");
+    torch.strided = of("strided");
+    Py_INCREF(a[1]), Py_INCREF(a[2]);
+    torch.convert = a[1], torch.copy = a[2];
+    torch.is_neg = PyUnicode_InternFromString("is_neg"), torch.data_ptr = PyUnicode_InternFromString("data_ptr");
+    torch.shape = PyUnicode_InternFromString("shape"), torch.stride = PyUnicode_InternFromString("stride");
+    torch.dtype = PyUnicode_InternFromString("dtype"), torch.device = PyUnicode_InternFromString("device");
+    torch.type = PyUnicode_InternFromString("type"), torch.layout = PyUnicode_InternFromString("layout");
+    torch.cpu = PyUnicode_InternFromString("cpu");
+    torch.api = nullptr;
+    if (a[3] != Py_None) {
+        auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(a[3], "dlpack_exchange_api"));
+        if (!api) return nullptr;
+        if (api->major == 1 && api->read && api->allocate && api->to_object) torch.api = api;
+    }
+    if (PyErr_Occurred()) return nullptr;
+    return PyBool_FromLong(torch.api != nullptr);
+}
+
+PyObject* width(PyObject*, PyObject* const*, Py_ssize_t) { return PyLong_FromLong(vector_width()); }
+PyObject* set_width(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n == 1) set_vector_width(int(PyLong_AsLong(a[0])));
+    Py_RETURN_NONE;
+}
+
+#define FUNCTION(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
+PyMethodDef functions[] = {FUNCTION(setup), FUNCTION(pattern), FUNCTION(evaluate), FUNCTION(forward), FUNCTION(statistics),
+                           FUNCTION(apply), FUNCTION(backward), FUNCTION(backward_sums), FUNCTION(backward_dx),
+                           FUNCTION(groups), FUNCTION(track), FUNCTION(bind), FUNCTION(width), FUNCTION(set_width),
+                           {nullptr, nullptr, 0, nullptr}};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__kernels() { return PyModule_Create(&definition); }

@@ -1,0 +1,49 @@
+"""The compiled library: the one module without Python source. It knows nothing of torch but what `setup` tells it."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@cache
+def library() -> Any:
+    """The module of the C++ kernels, or why there is none. FLEXNORM_CPU=0 in the environment leaves it out."""
+    if os.environ.get("FLEXNORM_CPU") == "0":
+        return "the C++ kernels are left out by FLEXNORM_CPU=0"
+    path = Path(__file__).with_name("kernels") / "cpu" / "_kernels.abi3.so"
+    if not path.exists():
+        return "the C++ kernels were not built: there was no compiler when flexnorm was installed"
+    name = "flexnorm.kernels.cpu._kernels"
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    try:
+        found = importlib.util.module_from_spec(spec)
+        loader.exec_module(found)
+    except ImportError as error:
+        return f"the C++ kernels cannot be loaded: {error}"
+    set_up(found, getattr(Tensor, "__dlpack_c_exchange_api__", None))
+    return found
+
+
+def set_up(module: Any, exchange: Any) -> None:
+    """Tells the library where torch's functions are. `exchange` is torch's table of DLPack functions (2.10 and later);
+    without it tensors are read by their attributes."""
+    module.setup(torch, _converted, _copied, exchange)
+
+
+def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t.detach().to(dtype).contiguous()
+
+
+def _copied(like: Tensor, source: Tensor | None = None) -> Tensor:
+    """The same values with the dtype of `like`, and the strides that its results have."""
+    return torch.empty_like(like).copy_((like if source is None else source).detach())
