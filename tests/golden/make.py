@@ -1,13 +1,17 @@
 """The golden files: what must stay as it is, as text. `python tests/golden/make.py` writes all of them anew.
 
 A file is a row of sections. The first line of a section is its name, the lines below it are indented. A file whose name
-ends with `_extras` needs torch-geometric and torchaudio, and stays as it is without them.
+ends with `_extras` needs torch-geometric, torchaudio and scikit-learn, and stays as it is without them.
 """
 
+import ast
 import importlib
 import inspect
 import pathlib
+import re
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any, ForwardRef
@@ -22,7 +26,7 @@ if __name__ == "__main__":
 import flexnorm  # noqa: E402
 
 COMMAND = "python tests/golden/make.py"
-EXTRAS = all(find_spec(name) is not None for name in ("torch_geometric", "torchaudio"))
+EXTRAS = all(find_spec(name) is not None for name in ("torch_geometric", "torchaudio", "sklearn"))
 
 Sections = Mapping[str, Iterable[str]]
 
@@ -184,11 +188,102 @@ def signature(f: Any) -> str:
 WIDTH = 100
 
 
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+PACKAGE = pathlib.Path(flexnorm.__file__).resolve().parent
+
+
+def errors() -> Sections:
+    """The outcome of every case that needs no extra."""
+    from error_cases import CASES
+
+    return {name: [outcome(call)] for name, call in CASES.items()}
+
+
+def errors_extras() -> Sections:
+    """The outcome of every case that needs an extra."""
+    from error_cases import cases_of_extras
+
+    return {name: [outcome(call)] for name, call in cases_of_extras().items()}
+
+
+def outcome(call: Callable[[], Any]) -> str:
+    """The exact type and the full text of the error; without one, what the result is.
+
+    Type and text of an error that torch or Python raises are left out, because they change with their versions.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return f"ok: {told(call())}"
+        except Exception as error:
+            own = isinstance(error, (flexnorm.SpecError, flexnorm.ShapeError)) or raised(error) is not None
+            text = re.sub(r"\bj\d+\b", "j1", str(error))  # torch counts the jagged tensors of a process
+            return f"{type(error).__name__}\n{text}" if own else "an error of torch or Python"
+
+
+def told(value: Any) -> str:
+    """A result, in words that do not depend on its values."""
+    if isinstance(value, torch.Tensor):
+        shape = "jagged" if value.is_nested else shaped(value)
+        return " ".join([shape, *([str(value.device)] if value.device.type != "cpu" else [])])
+    if isinstance(value, flexnorm.Moments):
+        return f"Moments {shaped(value.mean)}, count {shaped(value.count)}"
+    if isinstance(value, tuple):
+        return f"({'; '.join(map(told, value))})"
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {told(part)}" for name, part in value.items())
+    return type(value).__name__ if isinstance(value, nn.Module) else repr(value)
+
+
+def raised(error: BaseException) -> tuple[str, int] | None:
+    """File and line of the `raise` of flexnorm that this error comes from, if it comes from one."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    path = pathlib.Path(last.filename)
+    if PACKAGE not in path.parents or not (last.line or "").startswith("raise"):
+        return None
+    return path.relative_to(PACKAGE).as_posix(), last.lineno or 0
+
+
+CORE = (
+    "arguments axes norm functional partition statistics context ranks graphs images sequences spectrograms presets "
+    "mixtures spec synchronized grouping complexes"
+)
+
+
+def missed() -> None:
+    """Prints the lines of the core that raise, and that no case and no test of `test_errors.py` reaches."""
+    from error_cases import CASES, cases_of_extras
+    from test_errors import CALLS, PATTERNS
+
+    calls = [*CASES.values(), *(call for call, *_ in CALLS)]
+    calls += [lambda p=p: flexnorm.normalize(torch.zeros(2, 2), p) for p, _ in PATTERNS]
+    calls += list(cases_of_extras().values()) if EXTRAS else []
+    reached = set()
+    for call in calls:
+        error: BaseException | None = None
+        try:
+            call()
+        except Exception as caught:
+            error = caught
+        while error is not None:
+            reached.add(raised(error))
+            error = error.__context__
+    for name in CORE.split():
+        path = PACKAGE / f"{name}.py"
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Raise) and (f"{name}.py", node.lineno) not in reached:
+                print(f"{path.name}:{node.lineno}: {ast.unparse(node)[:160]}")
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 FILES: dict[str, Callable[[], Sections]] = {
     "state.txt": layers,
     "state_extras.txt": layers_extras,
+    "errors.txt": errors,
+    "errors_extras.txt": errors_extras,
     "signatures.txt": signatures,
     "signatures_extras.txt": signatures_extras,
 }
@@ -199,17 +294,17 @@ def text(sections: Sections) -> str:
     lines: list[str] = []
     for name, body in sorted(sections.items()):
         lines.append(name)
-        lines += [f"    {line}".rstrip() for part in body for line in part.splitlines()]
+        lines += [f"  {line}".rstrip() for part in body for line in part.splitlines()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     for name, sections in FILES.items():
         if name.endswith("_extras.txt") and not EXTRAS:
-            print(f"{name} stays as it is: torch-geometric or torchaudio is missing")
+            print(f"{name} stays as it is: an extra is missing")
             continue
         (HERE / name).write_text(text(sections()), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    missed() if "--missed" in sys.argv else main()
