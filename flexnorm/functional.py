@@ -121,10 +121,19 @@ def normalize(
 
     Source: Wu and He, "Group Normalization", 2018, with any partition of the elements in place of groups of channels.
     """
+    if sharded is None and process_group is None:
+        if _compiling(x):
+            options = Options(center, scale, eps, activation)
+            stages = [] if affine is None and weight is None and bias is None else [(weight, bias)]
+            return ops.called(x, pattern, mask, stages, affine, options, moments, cumulative, sizes, labels, names)
+        asked = None
+        if sizes is None and labels is None and cumulative is None and unwatched(x):
+            asked = _asked((pattern, affine, center, scale, eps, activation), names)
+        if asked is not None and (affine is not None or (weight is None and bias is None)):
+            formula, partitions = asked
+            params = () if affine is None else ((weight, bias),)
+            return run(formula, x, mask, params, moments, partitions)[0]
     options = Options(center, scale, eps, activation)
-    if sharded is None and process_group is None and _compiling(x):
-        stages = [] if affine is None and weight is None and bias is None else [(weight, bias)]
-        return ops.called(x, pattern, mask, stages, affine, options, moments, cumulative, sizes, labels, names)
     spec = Spec.parse(pattern)
     params = None if affine is None else spec.read(affine, "affine")
     ranks = ALONE
@@ -163,8 +172,13 @@ def moments(
     >>> m.mean, m.var, m.count
     (tensor([2., 6.]), tensor([1., 1.]), tensor([2, 2]))
     """
-    if sharded is None and process_group is None and _compiling(x):
-        return ops.called_moments(x, pattern, mask, sizes, labels, names)
+    if sharded is None and process_group is None:
+        if _compiling(x):
+            return ops.called_moments(x, pattern, mask, sizes, labels, names)
+        if sizes is None and labels is None and unwatched(x):
+            asked = _asked((pattern, None, True, True, 1e-5, None), names)
+            if asked is not None:
+                return own_moments(asked[0], x, mask, asked[1])
     spec = Spec.parse(pattern)
     ranks = ALONE if sharded is None and process_group is None else ranks_of(spec, sharded, process_group)
     with ranks:
@@ -181,6 +195,40 @@ def ranks_of(
         return Sharding(spec, sharded, process_group, cumulative).ranks()
     rule, received = "a process group is one of sharded axes", f"process_group={shown(process_group)}, sharded=None"
     raise SpecError(say(rule, text=spec.text, received=received, instead='sharded="n", say'))
+
+
+def _asked(text: tuple[Any, ...], names: Mapping[str, Any]) -> tuple[Formula, dict[str, Partition]] | None:
+    """The formula that a call asks for, and its labels. None: what was typed has to be looked at more closely."""
+    pattern, affine, center, scale, eps, activation = text
+    if type(pattern) is not str or type(center) is not bool or type(scale) is not bool or type(eps) is not float:
+        return None
+    if (affine is not None and type(affine) is not str) or (activation is not None and type(activation) is not str):
+        return None
+    told, given = (), names
+    if names:
+        told = tuple([item for item in names.items() if type(item[1]) is int])
+        given = {name: value for name, value in names.items() if type(value) is not int}
+    formula = _typed(pattern, affine, center, scale, eps, activation, told, tuple(given))
+    return formula, {name: as_partition(*formula.lookups[name], value) for name, value in given.items()}
+
+
+@lru_cache(maxsize=1024)
+def _typed(
+    pattern: str,
+    affine: str | None,
+    center: bool,
+    scale: bool,
+    eps: float,
+    activation: str | None,
+    told: tuple[tuple[str, int], ...],
+    labels: tuple[str, ...],
+) -> Formula:
+    """The formula of what was typed, checked once."""
+    options, spec = Options(center, scale, eps, activation), Spec.parse(pattern)
+    params = None if affine is None else spec.read(affine, "affine")
+    sizes, _ = sort_names(spec, [params], None, None, {**dict(told), **dict.fromkeys(labels)})
+    check_eps(spec, eps, sizes, labels)
+    return _formula(spec, options, params, tuple(sizes.items()))
 
 
 def _formula(spec: Spec, options: Options, params: Expr | None, sizes: tuple[tuple[str, int], ...]) -> Formula:

@@ -158,6 +158,8 @@ class _OfGraphs(Norm):
 
     def _apply_norm(self, x: Tensor, graphs: Partition, own: Moments | None = None) -> Tensor:
         # Not Norm.forward, which would look for given labels a second time.
+        if own is None and self._direct:
+            return self._directly(x, None, {"batch": graphs})
         return self._normalize(x, None, None, None, own, {"batch": graphs})[0]
 
 

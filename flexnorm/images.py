@@ -150,7 +150,7 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
         return super().forward(input, mask, moments=moments)
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> tuple[Tensor, Moments | None]:
+    def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         if x.dim() > 1 and x.shape[1] != self.num_channels:
             turned = ", or x.movedim(-1, 1)" if x.shape[-1] == self.num_channels else ""
             raise ShapeError(
@@ -161,7 +161,7 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
                 )
             )
         # not in forward: a mask may be given from around
-        return super()._normalize(x, over_pixels(x, mask), *others)
+        return None if mask is None else over_pixels(x, mask)
 
     def extra_repr(self) -> str:
         """That of `nn.GroupNorm`, and what it does not have."""

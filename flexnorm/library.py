@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+INTERFACE = 1  # that of module.cpp
+
 
 @cache
 def library() -> Any:
@@ -30,6 +32,8 @@ def library() -> Any:
         loader.exec_module(found)
     except ImportError as error:
         return f"the C++ kernels cannot be loaded: {error}"
+    if getattr(found, "INTERFACE", None) != INTERFACE:
+        return "the C++ kernels are those of another version: install flexnorm again"
     set_up(found, getattr(Tensor, "__dlpack_c_exchange_api__", None))
     return found
 

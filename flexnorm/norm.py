@@ -15,10 +15,12 @@ from .axes import solve
 from .context import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
 from .functional import ALONE, own_moments, run
+from .library import library
 from .partition import Partition, readable, whole
 from .ranks import Ranks, Sharding, is_dtensor
 from .spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
 from .statistics import Moments, each
+from .watching import unwatched
 
 
 class Norm(nn.Module):
@@ -148,6 +150,9 @@ class Norm(nn.Module):
             self.running_var = torch.empty(shape, device=device, dtype=real)
             per_set = self._counts_per_set and momentum is None and any(True for _ in self._spec.sets.lookups())
             self.num_batches_tracked = torch.empty(shape if per_set else (), device=device, dtype=torch.int64)
+        plain = type(self)._normalize is Norm._normalize and type(self)._run is Norm._run
+        special = track_running_stats or cumulative is not None or sharded is not None or conditional is not None
+        self._direct = plain and not special
         self.reset_parameters()
 
     _version = 2  # as torch's batch norms count: `num_batches_tracked` came with the second
@@ -235,6 +240,8 @@ class Norm(nn.Module):
         """
         dynamic: dict[str, Label] = names if labels is None else self._both(names, labels)
         if not (something_given() or self._was_given):
+            if self._direct and weight is None and bias is None and moments is None and not return_moments:
+                return self._directly(x, mask, dynamic)
             y, used = self._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
             return (y, used) if return_moments else y
         around = given_here()
@@ -256,6 +263,34 @@ class Norm(nn.Module):
                 )
         return {**names, **labels}
 
+    _direct = False  # whether a usual call needs nothing but the formula, its parameters and labels
+
+    def _directly(self, x: Tensor, mask: Tensor | None, dynamic: Mapping[str, Any]) -> Tensor:
+        """The result of a usual call: no running statistics, no ranks, nothing given but a mask and labels."""
+        mask = self._fit(x, mask)
+        own = self.__dict__
+        if mask is not None:
+            own["_masked"] = True
+        formula = own["_formula"]
+        if own["eps"] != formula.options.eps:
+            formula = self._with_own_eps()
+        partitions = self.labels if self._static else {}
+        if dynamic:
+            self._read(dynamic, partitions)
+        return run(formula, x, mask, self._params(None, None), None, partitions)[0]
+
+    def _with_own_eps(self) -> Formula:
+        """The formula, where somebody has set `eps` anew."""
+        formula = self._formula
+        if self.eps != formula.options.eps:
+            options = replace(self._options, eps=self.eps)
+            formula = self._formula = Formula(formula.spec, options, formula.affines, self._sizes)
+        return formula
+
+    def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask as the pattern has it. A subclass checks x here, which has other axes in its container."""
+        return mask
+
     def _normalize(
         self,
         x: Tensor,
@@ -267,6 +302,7 @@ class Norm(nn.Module):
         return_moments: bool = False,
     ) -> tuple[Tensor, Moments | None]:
         """The result, and with `return_moments` the moments; otherwise these may run on."""
+        mask = self._fit(x, mask)
         runs = moments is None and self._buffers.get("running_mean") is not None
         if runs and not self.training:
             moments = self._running()
@@ -301,10 +337,7 @@ class Norm(nn.Module):
         if dynamic:
             self._read(dynamic, partitions)
         params = self._params(weight, bias)
-        formula = self._formula
-        if self.eps != formula.options.eps:  # somebody set it anew
-            options = replace(self._options, eps=self.eps)
-            formula = self._formula = Formula(formula.spec, options, formula.affines, self._sizes)
+        formula = self._with_own_eps()
         along = self._cumulative is not None
         return run(
             formula, x, mask, params, moments, partitions, tracked=tracked, apart=apart, cumulative=along, ranks=ranks
@@ -492,13 +525,29 @@ class Norm(nn.Module):
     def _track(self, *seen: Moments) -> None:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing computes the same batch again
-        seen = tuple(each(Tensor.detach, m) for m in seen)
+        if any(m.mean.requires_grad for m in seen):
+            seen = tuple(each(Tensor.detach, m) for m in seen)
         if self._collected is not None:
             wide = [m.rounded(torch.float64) for m in seen]
             pairs = zip(self._collected, wide, strict=True)
             self._collected = tuple(a.merge(b) for a, b in pairs) if self._collected else tuple(wide)
             return
-        self._set(self._updated(*seen))
+        if not self._moved_in_place(*seen):
+            self._set(self._updated(*seen))
+
+    def _moved_in_place(self, *seen: Moments) -> bool:
+        """Whether the library has moved the running statistics: plain buffers by a fixed momentum."""
+        values = type(self)._values is Norm._values and type(self)._updated is Norm._updated
+        if not values or self.momentum is None or _KERNELS is None:
+            return False
+        own, m = self._buffers, seen[0]
+        buffers = own["running_mean"], own["running_var"], own["num_batches_tracked"]
+        if not all(map(unwatched, buffers)) or not unwatched(m.mean):
+            return False
+        if _KERNELS.track(*buffers, self.momentum, m.count, m.mean, m.m2) is None:
+            return False
+        torch.autograd.graph.increment_version(buffers)  # type: ignore[arg-type]
+        return True
 
     def _set(self, buffers: Mapping[str, Tensor]) -> None:
         try:
@@ -788,6 +837,9 @@ def calibrate(
         assert tracked is not None
         tracked.copy_(values[1][1] * seen if tracked.dim() else torch.tensor(seen))
     return model
+
+
+_KERNELS = None if isinstance(library(), str) else library()
 
 
 def checked_momentum(momentum: float | None) -> float | None:

@@ -76,11 +76,14 @@ def pattern_of(
                 found.extend((term,) for term in terms(element))
         return tuple(found)
 
+    read = tuple(places(lookup.axes) for lookup in labels)
+    if not all(read):  # a label of no axis is an error
+        return None
     made: bytes | None = kernels.pattern(
         dims,
         tuple(dim_of),
         tuple(sizes),
-        tuple(places(lookup.axes) for lookup in labels),
+        read,
         written(spec.sets),
         written(spec.mask),
         written(params),

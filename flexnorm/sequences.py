@@ -329,11 +329,11 @@ class _OfSequences(Norm, nn.GroupNorm):
         segments = _segments(cu_seqlens, x.shape[0], x.device)
         return self._of_rows(x, segments, as_mask(mask, None, key_padding_mask, batch=(), time=x.shape[0]))
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> tuple[Tensor, Moments | None]:
+    def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """As in `Norm`; a mask from around has not been looked at before."""
         if mask is None and x.numel() == self.num_groups:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
-        return super()._normalize(x, None if mask is None else as_mask(mask, **self._place(x)), *others)
+        return None if mask is None else as_mask(mask, **self._place(x))
 
     def _place(self, x: Tensor) -> dict[str, Any]:
         """Where x has batch and time."""

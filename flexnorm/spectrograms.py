@@ -283,9 +283,9 @@ class MelBandNorm(Norm):
         _check(x, self._sizes["f"])
         return super().forward(x, _frames(x, lengths, mask), moments=moments)
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> tuple[Tensor, Moments | None]:
+    def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         # not in forward: a mask may be given from around
-        return super()._normalize(x, _frames(x, None, mask), *others)
+        return _frames(x, None, mask)
 
 
 _AXES = {"channel": "c", "frequency": "f", "band": "band[f]"}

@@ -137,6 +137,7 @@ Ready prepare(PyObject* const* a, Prepared& q, bool result) {
         if (!p.present[OF_MASK] || !read(a[2], t) || t.type > BOOL) return NO;
         q.weighs = t.type != BOOL;
         if (Ready done = take(a[2], q.weighs ? q.wide : int64_t(BOOL), t, q.mask); done != YES) return done;
+        if (t.ndim > MOST) return NO;
         if (q.weighs && !weights_are_good(t)) return NO;
         v.mask_kind = q.weighs ? WEIGHTS : MEMBERSHIP, v.mask_dims = t.ndim, c.mask = t.data;
         std::copy(t.shape, t.shape + t.ndim, v.mask_size);
@@ -145,6 +146,7 @@ Ready prepare(PyObject* const* a, Prepared& q, bool result) {
         if (a[i] == Py_None) continue;
         if (!p.present[OF_PARAMS]) return NO;
         if (Ready done = take(a[i], q.wide, t, i == 3 ? q.weight : q.bias); done != YES) return done;
+        if (t.ndim > MOST) return NO;
         if (v.param_dims >= 0 && (t.ndim != v.param_dims || !std::equal(t.shape, t.shape + t.ndim, v.param_size))) return NO;
         v.param_dims = t.ndim;
         std::copy(t.shape, t.shape + t.ndim, v.param_size);
@@ -216,10 +218,12 @@ bool count_to_write(Prepared& q, Ref& count) {
     return true;
 }
 
-// Mean, low and M2 side by side: [3, sets].
+// Mean, low and M2 side by side: [3, *sets].
 bool moments_to_write(Prepared& q, Ref& moments) {
     char* data;
-    if (!(moments = fresh({3, q.f.n_sets}, q.wide, data))) return false;
+    int64_t shape[MOST + 1] = {3};
+    std::copy(q.sets_shape, q.sets_shape + q.sets_dims, shape + 1);
+    if (!(moments = fresh(shape, q.sets_dims + 1, q.wide, data))) return false;
     const int64_t one = q.f.n_sets * q.bytes;
     if (q.p->labels_merge) std::memset(data, 0, size_t(3 * one));
     q.c.mean = data, q.c.low = data + one, q.c.m2 = data + 2 * one;
@@ -253,7 +257,7 @@ Ready given(Prepared& q, PyObject* const* a, Given& g) {
     for (int i = 0; i < 4; ++i) {
         if (a[i] == Py_None) continue;
         if (!read(a[i], v)) return NO;
-        bool whole = i == 0 && v.type == INT64;
+        bool whole = i == 0 && v.type >= INT64;
         if (Ready done = take(a[i], whole ? int64_t(INT64) : q.wide, v, *kept[i]); done != YES) return done;
         if (v.ndim != q.sets_dims || !std::equal(v.shape, v.shape + v.ndim, q.sets_shape)) return NO;
         if (i == 0) q.c.count_wide = !whole;
@@ -352,7 +356,7 @@ ENTRY(evaluate, 6)
     return work(q, FORWARD) ? q.y.release() : nullptr;
 }
 
-// y, moments [3, sets], count or None where all sets have the same
+// y, moments [3, *sets], count or None where all sets have the same
 ENTRY(forward, 6)
     PREPARE(true)
     Ref moments, count;
@@ -382,7 +386,7 @@ ENTRY(apply, 10)
     return work(q, APPLY) ? q.y.release() : nullptr;
 }
 
-// ..., dy, moments [3, sets], count or None, whether the gradient of a mask is wanted: those of x, mask, weight, bias
+// ..., dy, moments [3, *sets], count or None, whether the gradient of a mask is wanted: those of x, mask, weight, bias
 ENTRY(backward, 10)
     PREPARE(true)
     TAKE_DY(a[6])
@@ -679,4 +683,8 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functi
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__kernels() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__kernels() {
+    PyObject* module = PyModule_Create(&definition);
+    if (module) PyModule_AddIntConstant(module, "INTERFACE", 1);  // one more where an entry takes other arguments
+    return module;
+}

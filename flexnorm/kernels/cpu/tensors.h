@@ -49,7 +49,7 @@ enum Type : int64_t { F32 = FLOAT32, F64 = FLOAT64, BF16 = BFLOAT16, F16 = FLOAT
 struct View {
     char* data;
     int64_t type, ndim;
-    int64_t shape[MOST], stride[MOST];
+    int64_t shape[MOST + 1], stride[MOST + 1];  // moments side by side have an axis more than x
 
     int64_t numel() const {
         int64_t all = 1;
@@ -123,7 +123,7 @@ inline bool read_attributes(PyObject* o, View& v) {
     v.type = 0;
     while (v.type < TYPES && torch.dtypes[v.type] != dtype.get()) ++v.type;
     v.ndim = PyTuple_Size(shape.get());
-    if (v.type == TYPES || v.ndim < 0 || v.ndim > MOST) return false;
+    if (v.type == TYPES || v.ndim < 0 || v.ndim > MOST + 1) return false;
     for (int64_t d = 0; d < v.ndim; ++d) {
         v.shape[d] = PyLong_AsLongLong(PyTuple_GetItem(shape.get(), d));
         v.stride[d] = PyLong_AsLongLong(PyTuple_GetItem(stride.get(), d));
@@ -145,7 +145,7 @@ inline bool read(PyObject* o, View& v) {
         PyErr_Clear();
         return false;
     }
-    if (t.device.type != 1 || t.ndim > MOST || t.dtype.lanes != 1) return false;
+    if (t.device.type != 1 || t.ndim > MOST + 1 || t.dtype.lanes != 1) return false;
     const int bits = t.dtype.bits;
     v.type = t.dtype.code == 2   ? (bits == 32 ? F32 : bits == 64 ? F64 : bits == 16 ? F16 : TYPES)
              : t.dtype.code == 4 ? (bits == 16 ? BF16 : TYPES)
