@@ -1,7 +1,9 @@
 """The benchmarks compute what they say: contenders agree with float64 on small data, and the arithmetic of the timing
 is right on known numbers. Nothing here is timed."""
 
+import gc
 import importlib
+import itertools
 import json
 import pathlib
 import sys
@@ -120,6 +122,41 @@ def test_a_palindrome_meets_a_drift_evenly(monkeypatch):
     times = measure.palindrome(runs, dict.fromkeys(runs, 1), 2, "cpu")
     assert "".join(order) == "abccba" * 2
     assert times["a"] == times["b"] == times["c"] == [3.5, 9.5]
+
+
+def test_orders_go_forth_and_back_and_no_name_is_always_first():
+    drawn = list(itertools.islice(measure.orders("abc"), 600))
+    assert all(there == back[::-1] for there, back in zip(drawn[::2], drawn[1::2], strict=True))
+    assert all(sum(order[0] == name for order in drawn) > 150 for name in "abc")
+
+
+def test_interleaved_runs_meet_every_input_once(monkeypatch):
+    clock, seen = [0.0], {"a": [], "b": []}
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure.time, "monotonic", lambda: clock[0])
+
+    def call(name, i):
+        def run():
+            assert not gc.isenabled()
+            seen[name].append(i)
+            clock[0] += {"a": 1.0, "b": 3.0}[name] * (i + 1)
+
+        return run
+
+    runs = {name: [call(name, i) for i in range(50)] for name in seen}
+    times = measure.interleaved(runs, 4)
+    assert gc.isenabled()
+    assert seen == {"a": list(range(50)), "b": list(range(50))}
+    assert len(times["a"]) == 12 and times["a"][:2] == [2.5, 6.5]  # the last two steps are no round
+    assert measure.paired(times["b"], times["a"]) == measure.Ratio(3, 3, 3)
+    assert len(measure.interleaved(runs, 4, seconds=0)["a"]) == measure.ROUNDS
+    assert len(measure.interleaved(runs, 2, seconds=0)["a"]) == measure.ROUNDS
+
+
+def test_the_garbage_collector_comes_back_after_an_error():
+    with pytest.raises(ZeroDivisionError):
+        measure.interleaved({"a": [lambda: 1 // 0]}, 1)
+    assert gc.isenabled()
 
 
 def test_buffers_take_turns():
