@@ -251,6 +251,7 @@ def test_tables_go_between_the_markers_and_nowhere_else(results, table, tmp_path
 
 @pytest.fixture(scope="module")
 def results_of_calls():
+    pytest.importorskip("torch_geometric")
     notes: list = []
     few = calls.Settings(steps=8, warm=1, alike=4, seconds=0.0, compile=False)
     rows = [{**row, "shown": calls.shown(row)} for row in calls.measured(few, notes)]
@@ -265,7 +266,6 @@ def results_of_calls():
 
 
 def test_rows_of_calls(results_of_calls, tmp_path):
-    pytest.importorskip("torch_geometric")
     rows_of_calls = results_of_calls["rows"]
     names = [(row["case"], row["mode"], row["best"] == calls.ONE_SHAPE) for row in rows_of_calls]
     assert len(set(names)) == len(names) == 3 + 6 + 3 + 7 * 2 * 3
