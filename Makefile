@@ -7,7 +7,7 @@ JOBS ?= 2
 export FLEXNORM_BUILD ?= $(if $(shell command -v g++ || command -v c++),required,optional)
 KERNELS := setup.py $(wildcard flexnorm/kernels/cpu/*.cpp flexnorm/kernels/cpu/*.h)
 
-.PHONY: env demo test test-long test-fast asan wheel bench bench-quick claims docs docs-check lint format clean
+.PHONY: env demo test test-long test-fast asan wheel bench bench-quick bench-calls claims docs docs-check lint format clean
 
 env: .venv/ready .venv/built
 
@@ -50,6 +50,10 @@ bench: env
 
 bench-quick: env
 	$(BIN)/python -m benchmarks --quick
+
+# What a call costs: a table with targets, benchmarks/results/calls.json.
+bench-calls: env
+	$(BIN)/python -m benchmarks --calls
 
 # Every claim of examples/claims put to the test; writes docs/claims.md.
 claims: env

@@ -6,6 +6,7 @@ import argparse
 import gc
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from .memory import TUNABLES, clone_over_copy, give_back, keep_freed_memory, war
 
 CHART = report.ROOT / "docs" / "speed.svg"
 PAGES = {report.ROOT / "README.md": report.short_table, report.ROOT / "docs" / "speed.md": report.long_table}
+PAGES_OF_CALLS = {
+    report.ROOT / "README.md": partial(report.calls_table, short=True),
+    report.ROOT / "docs" / "speed.md": report.calls_table,
+}
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="How fast flexnorm is.")
     parser.add_argument("--quick", action="store_true", help="a part of the cases, 5 rounds, without torch.compile")
+    parser.add_argument("--calls", action="store_true", help="what a call costs, instead of the cases; one thread")
     parser.add_argument("--threads", default="all", help="1, 2, ... or all (default)")
     parser.add_argument("--only", metavar="TEXT", help="cases whose name contains it")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -40,6 +46,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    if args.calls:
+        return _calls(args)
     if args.list:
         from .cases import CASES
 
@@ -61,6 +69,17 @@ def main() -> int:
         raise SystemExit("--device cuda: torch sees no GPU")
     keep_freed_memory()
     return measure(args, threads, path)
+
+
+def _calls(args: argparse.Namespace) -> int:
+    from . import calls
+
+    path = args.results or (report.RESULTS / "calls-quick.json" if args.quick else calls.PATH)
+    if not args.table:
+        return calls.measure(path, quick=args.quick)
+    for page, table in PAGES_OF_CALLS.items():
+        report.include(page, table(report.read(path)), "calls")
+    return 0
 
 
 def measure(args: argparse.Namespace, threads: int, path: Path) -> int:
@@ -146,19 +165,13 @@ def _of_peak(results: report.Results) -> list[list[str]]:
 
 
 def _finish(args: argparse.Namespace, results: report.Results, path: Path) -> int:
-    report.write(path, results)
+    status = report.finish(results, path)
     for name, value in results["peak"].items():
         if value is not None:
             print(f"  peak {value:6.2f} times x  {name}")
-    for text in results["missing"]:
-        print(f"not measured: {text}")
-    print(f"{results['settings']['seconds']:.0f} s, written to {path}")
     if results["rows"] and not args.quick and not args.only:
         _drawn(results, args.chart)
-    wrong = report.failed(results["rows"])
-    for text in wrong:
-        print(f"WRONG: {text}")
-    return 1 if wrong else 0
+    return status
 
 
 def _drawn(results: dict[str, Any], path: Path) -> None:

@@ -17,7 +17,8 @@ EPS = 1e-5
 
 Data = SimpleNamespace
 """x and all that the contenders of one case read. Every case sets x; weight, bias and `over` (the shape in which these
-broadcast against x), or None; `valid`, a bool tensor that broadcasts against x, or None where every element counts."""
+broadcast against x), or None; `valid`, a bool tensor that broadcasts against x, or None where every element counts.
+Weight and bias are sizes, of which values are drawn, or the parameters of a layer."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ class Case:
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         data = self.make(scale, generator)
         data.dy = torch.empty_like(data.x).normal_(generator=generator)
-        if data.weight is not None:
+        if isinstance(data.weight, int):
             # not ones and zeros: a contender that reads them wrongly must not pass
             data.weight = torch.empty(data.weight).normal_(1.0, 0.2, generator=generator).requires_grad_()
-        if data.bias is not None:
+        if isinstance(data.bias, int):
             data.bias = torch.empty(data.bias).normal_(0.0, 0.2, generator=generator).requires_grad_()
         return moved(data, device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -19,17 +20,22 @@ class _TooLongError(BaseException):
     """Not an Exception: the compiler catches those."""
 
 
-def compiled(contender: Contender) -> Contender:
+def compiled(contender: Contender, *, dynamic: bool = False) -> Contender:
     return Contender(
         f"torch.compile: {contender.name}",
-        torch.compile(contender.call, dynamic=False),
+        torch.compile(contender.call, dynamic=dynamic),
         contender.module,
         forward_only=contender.forward_only,
     )
 
 
-def ready(contender: Contender, data: Data, limit: int = LIMIT) -> str | None:
-    """Compiles both modes for these shapes. None, or why there is no result."""
+def ready(
+    contender: Contender,
+    *buffers: Data,
+    limit: int = LIMIT,
+    modes: Sequence[str] = ("forward", "forward+backward"),
+) -> str | None:
+    """Compiles the modes for these shapes. None, or why there is no result."""
 
     def stop(_: int, __: FrameType | None) -> NoReturn:
         raise _TooLongError
@@ -37,8 +43,10 @@ def ready(contender: Contender, data: Data, limit: int = LIMIT) -> str | None:
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(limit)
     try:
-        for mode in ("forward", "forward+backward"):
-            runner(contender, [data], mode)()
+        for mode in modes:
+            run = runner(contender, buffers, mode)
+            for _ in buffers:
+                run()
     except _TooLongError:
         return f"not compiled within {limit} s"
     except Exception as error:

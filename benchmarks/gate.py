@@ -123,5 +123,5 @@ def _excess(got: Tensor, y: Tensor, bound: Tensor, valid: Tensor | None) -> floa
 
 def worst(row: dict[str, Any], mode: str) -> float:
     """Over both means; a row of forward and backward answers for both."""
-    keys = ("forward",) if mode == "forward" else ("forward", "gradient")
+    keys = ("forward", "gradient") if mode == "forward+backward" else ("forward",)
     return max(value for key, value in row.items() if key.startswith(keys) and value is not None)

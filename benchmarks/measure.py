@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -18,20 +21,23 @@ SAMPLE = 2e-3
 """Seconds that one sample lasts at least: short calls are repeated."""
 
 
+def step(contender: Contender, data: Data, mode: str) -> Run:
+    """One call on these data. The caller turns gradients off, if the mode is "forward"."""
+    if mode != "forward+backward":
+        return partial(contender.call, data)
+    leaves = [data.x, *contender.parameters(data)]
+    return lambda: torch.autograd.grad(contender.call(data), leaves, data.dy)
+
+
 def runner(contender: Contender, buffers: Sequence[Data], mode: str) -> Run:
     """One call; each takes the next of the buffers, so that together they are larger than the cache."""
-    turn = itertools.cycle(buffers)
+    turn = itertools.cycle([step(contender, data, mode) for data in buffers])
 
-    def forward() -> object:
+    def quietly() -> object:
         with torch.no_grad():
-            return contender.call(next(turn))
+            return next(turn)()
 
-    def both() -> object:
-        data = next(turn)
-        y = contender.call(data)
-        return torch.autograd.grad(y, [data.x, *contender.parameters(data)], data.dy)
-
-    return forward if mode == "forward" else both
+    return quietly if mode == "forward" else lambda: next(turn)()
 
 
 def copier(buffers: Sequence[Data]) -> Run:
@@ -87,6 +93,50 @@ def palindrome(runs: Mapping[str, Run], calls: Mapping[str, int], rounds: int, d
         for name in names:
             times[name].append(this[name])
     return times
+
+
+def orders(names: Iterable[str]) -> Iterator[list[str]]:
+    """A random order, the same backwards, and so on: A B, B A. Every name follows every other equally often."""
+    order, draw = list(names), random.Random(0)
+    while True:
+        draw.shuffle(order)
+        yield order[:]
+        yield order[::-1]
+
+
+ROUNDS = 10
+"""The least number of rounds."""
+
+
+def interleaved(runs: Mapping[str, Sequence[Run]], steps: int, seconds: float = math.inf) -> dict[str, list[float]]:
+    """Seconds per call of every run in every round. A round is so many steps, and step i is call i of every run.
+
+    The order of the runs changes with every step, so that no run finds its input in the cache more often than another.
+    No step begins after so many `seconds`, except in the first rounds. The garbage collector is off.
+    """
+    until = time.monotonic() + seconds
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    order = orders(runs)
+    gc.freeze()
+    gc.disable()
+    try:
+        for i in range(min(map(len, runs.values()))):
+            if i >= ROUNDS * steps and time.monotonic() > until:
+                break
+            for name in next(order):
+                run = runs[name][i]
+                start = time.perf_counter()
+                run()
+                taken[name].append(time.perf_counter() - start)
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return {name: in_rounds(values, steps) for name, values in taken.items()}
+
+
+def in_rounds(values: Sequence[float], steps: int) -> list[float]:
+    """Means of so many neighbors each. The rest is left out."""
+    return [sum(values[i : i + steps]) / steps for i in range(0, len(values) - steps + 1, steps)]
 
 
 @dataclass(frozen=True)

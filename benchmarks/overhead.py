@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -11,35 +10,24 @@ from torch import nn
 
 from flexnorm import Norm
 
-from .measure import bootstrap, palindrome, screen
+from .case import Contender, Data
+from .measure import bootstrap, palindrome, runner, screen
 
 NAME = "overhead 2x32x8x8"
+MODES = {"without grad": "forward", "with grad": "forward with grad", "forward+backward": "forward+backward"}
 
 
 def measure(device: str, rounds: int) -> list[dict[str, Any]]:
     """Rows in microseconds per call; `difference` is ours less that of nn.GroupNorm."""
-    x = torch.randn(2, 32, 8, 8, device=device)
-    dy = torch.randn_like(x)
+    x = torch.randn(2, 32, 8, 8, device=device, requires_grad=True)
     ours = Norm("n (g c) ... -> n g", affine="(g c)", g=8, sizes={"(g c)": 32}).to(device)
-    theirs = nn.GroupNorm(8, 32).to(device)
-
-    def quietly(layer: nn.Module) -> Callable[[], object]:
-        def call() -> object:
-            with torch.no_grad():
-                return layer(x)
-
-        return call
-
-    def recorded(layer: nn.Module) -> Callable[[], object]:
-        return lambda: layer(x)  # the parameters want gradients
-
-    def both(layer: nn.Module) -> Callable[[], object]:
-        leaf, parameters = x.clone().requires_grad_(), list(layer.parameters())
-        return lambda: torch.autograd.grad(layer(leaf), [leaf, *parameters], dy)
-
+    data = Data(x=x, dy=torch.randn_like(x), ours=ours, theirs=nn.GroupNorm(8, 32).to(device))
+    mine = Contender("flexnorm", lambda d: d.ours(d.x), module="ours")
+    theirs = Contender("nn.GroupNorm", lambda d: d.theirs(d.x), module="theirs")
+    contenders = {mine.name: mine, theirs.name: theirs, "control": mine}
     rows = []
-    for mode, make in (("without grad", quietly), ("with grad", recorded), ("forward+backward", both)):
-        runs = {"flexnorm": make(ours), "nn.GroupNorm": make(theirs), "control": make(ours)}
+    for said, mode in MODES.items():
+        runs = {name: runner(contender, [data], mode) for name, contender in contenders.items()}
         calls = {name: max(10, round(0.01 / screen(run, device))) for name, run in runs.items()}
         times = {
             name: [1e6 * t for t in values] for name, values in palindrome(runs, calls, 2 * rounds, device).items()
@@ -48,7 +36,7 @@ def measure(device: str, rounds: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "case": NAME,
-                "mode": mode,
+                "mode": said,
                 "microseconds": us["flexnorm"],
                 "peer_microseconds": us["nn.GroupNorm"],
                 "difference": asdict(_difference(times["flexnorm"], times["nn.GroupNorm"])),

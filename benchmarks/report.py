@@ -9,7 +9,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
 
 Results = dict[str, Any]
 
@@ -91,6 +90,36 @@ def overhead_line(row: dict[str, Any]) -> str:
     )
 
 
+def call_line(row: dict[str, Any]) -> str:
+    cost, control = row["cost"], row["control"]
+    text = (
+        f"  {row['case']:<56} {row['mode']:<17} {row['microseconds']:8.1f} us"
+        f" {cost['median']:6.2f} [{cost['low']:.2f}, {cost['high']:.2f}]"
+        f"  must {row['must']:<4} reach {row['reach']:<4} {aim(row):<7}"
+        f" control [{control['low']:.2f}, {control['high']:.2f}]"
+        f"  {row['best']} {row['best_microseconds']:.1f} us"
+    )
+    return text + (f"  WRONG: {row['error']:.3g} bounds" if row["error"] > 1 else "")
+
+
+def aim(row: dict[str, Any]) -> str:
+    """Which target the median meets: the higher one, the lower one, or none."""
+    median = row["cost"]["median"]
+    return "reached" if median <= row["reach"] else "kept" if median <= row["must"] else "missed"
+
+
+def finish(results: Results, path: Path) -> int:
+    """Writes the results and prints what is missing or wrong. The exit status is 1 if a result of ours is wrong."""
+    write(path, results)
+    for text in results["missing"]:
+        print(f"not measured: {text}")
+    print(f"{results['settings']['seconds']:.0f} s, written to {path}")
+    wrong = failed(results["rows"])
+    for text in wrong:
+        print(f"WRONG: {text}")
+    return 1 if wrong else 0
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -139,6 +168,32 @@ def long_table(results: Results) -> str:
     return "\n".join([*lines, "", *_overhead(results), *_missing(results)])
 
 
+def calls_table(results: Results, *, short: bool = False) -> str:
+    """What a call costs. The docs have all rows, the README has the rows that are `shown`."""
+    lines = [
+        f"Time of flexnorm over the time of the other side ({setting(results)}, {results['settings']['date']}):",
+        "",
+        "| call | mode | us | times the other side | must | reach | the other side |"
+        + " control | error / bound |" * (not short),
+        "|---|---|---|---|---|---|---|" + "---|---|" * (not short),
+    ]
+    for row in results["rows"]:
+        if row["shown"] or not short:
+            cost, control = row["cost"], row["control"]
+            interval = f" [{cost['low']:.2f}, {cost['high']:.2f}]"
+            median = f"**{cost['median']:.2f}**" if aim(row) != "missed" else f"{cost['median']:.2f}"
+            line = (
+                f"| {row['case']} | {row['mode']} | {row['microseconds']:.1f} | {median}{interval} | {row['must']} "
+                f"| {row['reach']} | {row['best']}, {row['best_microseconds']:.1f} us"
+            )
+            if row["best_error"] is not None and row["best_error"] > 1:
+                line += f" (error {_error(row['best_error'])})"
+            if not short:
+                line += f" | [{control['low']:.2f}, {control['high']:.2f}] | {_error(row['error'])}"
+            lines.append(f"{line} |")
+    return "\n".join([*lines, *([] if short else _missing(results))])
+
+
 def _by_case(results: Results, *, resident: bool) -> dict[str, dict[str, dict[str, Any]]]:
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in results["rows"]:
@@ -175,12 +230,13 @@ def _missing(results: Results) -> list[str]:
     return ["", "Not measured: " + "; ".join(results["missing"]) + "."] if results["missing"] else []
 
 
-def include(path: Path, text: str) -> None:
+def include(path: Path, text: str, name: str = "bench") -> None:
     """Puts the text between the markers of a page, in place of what is there."""
     page = path.read_text()
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise SystemExit(
-            f"{path}: a table goes between one line {BEGIN} and one line {END} after it; they are not there"
+            f"{path}: a table goes between one line {begin} and one line {end} after it; they are not there"
         )
-    before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
+    before, after = page[: page.index(begin) + len(begin)], page[page.index(end) :]
     path.write_text(f"{before}\n{text}\n{after}")

@@ -1,7 +1,9 @@
 """The benchmarks compute what they say: contenders agree with float64 on small data, and the arithmetic of the timing
 is right on known numbers. Nothing here is timed."""
 
+import gc
 import importlib
+import itertools
 import json
 import pathlib
 import sys
@@ -15,6 +17,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 case, gate, measure, memory, report, rows = (
     importlib.import_module(f"benchmarks.{name}") for name in ("case", "gate", "measure", "memory", "report", "rows")
 )
+calls = importlib.import_module("benchmarks.calls")
 main = importlib.import_module("benchmarks.__main__")
 CASES = importlib.import_module("benchmarks.cases").CASES
 SCALE = 5e-4
@@ -122,6 +125,41 @@ def test_a_palindrome_meets_a_drift_evenly(monkeypatch):
     assert times["a"] == times["b"] == times["c"] == [3.5, 9.5]
 
 
+def test_orders_go_forth_and_back_and_no_name_is_always_first():
+    drawn = list(itertools.islice(measure.orders("abc"), 600))
+    assert all(there == back[::-1] for there, back in zip(drawn[::2], drawn[1::2], strict=True))
+    assert all(sum(order[0] == name for order in drawn) > 150 for name in "abc")
+
+
+def test_interleaved_runs_meet_every_input_once(monkeypatch):
+    clock, seen = [0.0], {"a": [], "b": []}
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(measure.time, "monotonic", lambda: clock[0])
+
+    def call(name, i):
+        def run():
+            assert not gc.isenabled()
+            seen[name].append(i)
+            clock[0] += {"a": 1.0, "b": 3.0}[name] * (i + 1)
+
+        return run
+
+    runs = {name: [call(name, i) for i in range(50)] for name in seen}
+    times = measure.interleaved(runs, 4)
+    assert gc.isenabled()
+    assert seen == {"a": list(range(50)), "b": list(range(50))}
+    assert len(times["a"]) == 12 and times["a"][:2] == [2.5, 6.5]  # the last two steps are no round
+    assert measure.paired(times["b"], times["a"]) == measure.Ratio(3, 3, 3)
+    assert len(measure.interleaved(runs, 4, seconds=0)["a"]) == measure.ROUNDS
+    assert len(measure.interleaved(runs, 2, seconds=0)["a"]) == measure.ROUNDS
+
+
+def test_the_garbage_collector_comes_back_after_an_error():
+    with pytest.raises(ZeroDivisionError):
+        measure.interleaved({"a": [lambda: 1 // 0]}, 1)
+    assert gc.isenabled()
+
+
 def test_buffers_take_turns():
     seen = []
     one = case.Contender("one", lambda d: seen.append(d.x) or d.x)
@@ -209,6 +247,57 @@ def test_tables_go_between_the_markers_and_nowhere_else(results, table, tmp_path
         text = page.read_text()
         assert text.startswith("before\n<!-- bench -->\n") and text.endswith("\n<!-- /bench -->\nafter\n")
         assert "old" not in text and "packed documents" in text and "Not measured: something." in text
+
+
+@pytest.fixture(scope="module")
+def results_of_calls():
+    pytest.importorskip("torch_geometric")
+    notes: list = []
+    few = calls.Settings(steps=8, warm=1, alike=4, seconds=0.0, compile=False)
+    rows = [{**row, "shown": calls.shown(row)} for row in calls.measured(few, notes)]
+    assert notes == []
+    return {
+        "machine": {"processor": "a processor", "cache_mib": 8.0},
+        "versions": {"torch": "2"},
+        "settings": {"quick": True, "threads": 1, "device": "cpu", "date": "2000-01-01"},
+        "rows": rows,
+        "missing": ["something"],
+    }
+
+
+def test_rows_of_calls(results_of_calls, tmp_path):
+    rows_of_calls = results_of_calls["rows"]
+    names = [(row["case"], row["mode"], row["best"] == calls.ONE_SHAPE) for row in rows_of_calls]
+    assert len(set(names)) == len(names) == 3 + 6 + 3 + 7 * 2 * 3
+    assert sum(row["shown"] for row in rows_of_calls) == len(calls.SHOWN)
+    assert report.failed(rows_of_calls) == []
+    for row in rows_of_calls:
+        assert row["rounds"] >= 2 and 0 < row["reach"] < row["must"]
+        assert row["best"] in row["peers"] and row["cost"]["low"] <= row["cost"]["median"] <= row["cost"]["high"]
+        assert f"must {row['must']}" in report.call_line(row)
+    report.write(tmp_path / "calls.json", results_of_calls)
+    assert report.calls_table(report.read(tmp_path / "calls.json")).count("\n| ") == 1 + len(names)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- bench -->\nkept\n<!-- /bench -->\n<!-- calls -->\nold\n<!-- /calls -->\n")
+    report.include(page, report.calls_table(results_of_calls, short=True), "calls")
+    text = page.read_text()
+    assert "kept" in text and "old" not in text and text.count("\n| ") == 1 + len(calls.SHOWN)
+
+
+def test_streams_have_shapes_enough_and_none_twice():
+    for stream in calls.STREAMS:
+        assert len(set(stream.shapes)) == len(stream.shapes) >= calls.Settings().steps + calls.Settings().warm
+
+
+@pytest.mark.parametrize(("median", "said"), [(0.9, "reached"), (1.2, "kept"), (1.4, "missed")])
+def test_a_call_meets_its_targets(median, said):
+    assert report.aim({"cost": {"median": median}, "must": 1.3, "reach": 1.0}) == said
+
+
+def test_calls_are_those_of_a_plain_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(SystemExit, match="OMP_NUM_THREADS"):
+        calls.measure(tmp_path / "calls.json")
 
 
 @pytest.mark.parametrize("text", ["nothing", "<!-- bench --> only", "<!-- /bench --><!-- bench -->"])

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexnorm import Partition, normalize
 
@@ -15,7 +15,7 @@ from .. import gate, handmade
 from ..case import EPS, Case, Contender, Data, fill, randn
 
 
-def _nodes(
+def by_sizes(
     sizes: list[int], channels: int, generator: torch.Generator, *, groups: int | None = None, shuffled: bool = False
 ) -> Data:
     graph = Partition.from_sizes(sizes)
@@ -42,7 +42,7 @@ def _nodes(
 
 def _molecules(scale: float, generator: torch.Generator, groups: int | None = None) -> Data:
     sizes = torch.randint(20, 31, (max(2, round(4096 * scale)),), generator=generator).tolist()
-    made = _nodes(sizes, 128, generator, groups=groups)
+    made = by_sizes(sizes, 128, generator, groups=groups)
     made.longest = max(sizes)
     first = made.graph.offsets[:-1]
     made.slots = made.ids * made.longest + torch.arange(sum(sizes)) - first[made.ids]
@@ -55,13 +55,13 @@ def _power_law(shuffled: bool) -> Callable[..., Data]:
         # 300k nodes: x alone is more than four times a cache of 36 MiB
         total = max(16, round(300_000 * scale))
         sizes = fill(total, lambda: min(20_000, 4 * (1 - torch.rand((), generator=generator).item()) ** (-1 / 1.2)))
-        return _nodes(sizes, 128, generator, shuffled=shuffled)
+        return by_sizes(sizes, 128, generator, shuffled=shuffled)
 
     return make
 
 
 def _one_graph(scale: float, generator: torch.Generator) -> Data:
-    return _nodes([max(16, round(500_000 * scale))], 64, generator)
+    return by_sizes([max(16, round(500_000 * scale))], 64, generator)
 
 
 def _reference(d: Data) -> tuple[Tensor, Tensor]:
@@ -148,37 +148,49 @@ CASES = [
 # --- PyG's classes, and ours under their names: both get the same batch vector ---------------------------------------
 
 
-def _of_classes(name: str, **options: object) -> Callable[..., Data]:
+def class_case(
+    name: str,
+    nodes: Callable[[float, torch.Generator], Data] = _molecules,
+    title: str = "4096 graphs x128",
+    *,
+    layers: int = 1,
+    counted: bool = True,
+    quick: bool = False,
+    **options: object,
+) -> Case:
+    """`counted` says that the classes get the number of graphs. More than one of the `layers` read one batch vector."""
+
     def make(scale: float, generator: torch.Generator) -> Data:
         import torch_geometric.nn as pyg
 
         from flexnorm import graphs
 
-        made = _molecules(scale, generator)
+        made = nodes(scale, generator)
         made.weight = made.bias = None
-        first = () if name == "PairNorm" else (128,)
-        made.theirs, made.mine = getattr(pyg, name)(*first, **options), getattr(graphs, name)(*first, **options)
+        first = () if name in _WITHOUT_CHANNELS else made.x.shape[1:]
+        for field, package in (("theirs", pyg), ("mine", graphs)):
+            setattr(made, field, nn.ModuleList(getattr(package, name)(*first, **options) for _ in range(layers)))
         return made
 
-    return make
-
-
-def _class_case(
-    name: str, reference: Callable[[Data], tuple[Tensor, Tensor]], *, quick: bool = False, **options: object
-) -> Case:
     def call(field: str) -> Callable[[Data], Tensor]:
-        if name == "BatchNorm":  # of all nodes, whatever their graph
-            return lambda d: getattr(d, field)(d.x)
-        return lambda d: getattr(d, field)(d.x, d.ids, d.count)
+        def through(d: Data) -> Tensor:
+            # a batch norm is of all nodes, whatever their graph
+            read = () if name == "BatchNorm" else (d.ids, d.count) if counted else (d.ids,)
+            x = d.x
+            for layer in getattr(d, field):
+                x = layer(x, *read)
+            return x
+
+        return through
 
     said = "".join(f", {key}={value}" for key, value in options.items())
     return Case(
-        f"PyG {name}{said} 4096 graphs x128",
+        f"PyG {name}{said} {title}",
         "pyg",
-        _of_classes(name, **options),
+        make,
         call("mine"),
         [Contender(f"PyG {name}", call("theirs"), module="theirs")],
-        reference,
+        CLASSES[name],
         sets_survive=name != "BatchNorm",
         quick=quick,
         module="mine",
@@ -200,11 +212,34 @@ def _pair(d: Data) -> tuple[Tensor, Tensor]:
     return centered / sigma[d.ids].unsqueeze(1), (mean.abs() / sigma.unsqueeze(1)).detach()[d.ids]
 
 
+def _mean_subtracted(d: Data) -> tuple[Tensor, Tensor]:
+    size = d.sizes_of_sets.to(d.x.dtype).unsqueeze(1)
+    mean = (d.x.new_zeros(d.count, d.x.shape[1]).index_add(0, d.ids, d.x) / size)[d.ids]
+    return d.x - mean, mean.abs().detach()
+
+
+def _by_size(d: Data) -> tuple[Tensor, Tensor]:
+    z = d.x / d.sizes_of_sets.to(d.x.dtype)[d.ids].sqrt().unsqueeze(1)
+    return z, torch.zeros_like(z)
+
+
+_WITHOUT_CHANNELS = ("PairNorm", "MeanSubtractionNorm", "GraphSizeNorm")
+
+CLASSES: dict[str, Callable[[Data], tuple[Tensor, Tensor]]] = {
+    "GraphNorm": _reference,
+    "InstanceNorm": _reference,
+    "LayerNorm": _graphwise,
+    "PairNorm": _pair,
+    "MeanSubtractionNorm": _mean_subtracted,
+    "GraphSizeNorm": _by_size,
+    "BatchNorm": lambda d: gate.pooled(d.x, (0,)),
+}
+
 if find_spec("torch_geometric"):
     CASES += [
-        _class_case("GraphNorm", _reference, quick=True),
-        _class_case("InstanceNorm", _reference),
-        _class_case("LayerNorm", _graphwise, mode="graph"),
-        _class_case("PairNorm", _pair),
-        _class_case("BatchNorm", lambda d: gate.pooled(d.x, (0,))),
+        class_case("GraphNorm", quick=True),
+        class_case("InstanceNorm"),
+        class_case("LayerNorm", mode="graph"),
+        class_case("PairNorm"),
+        class_case("BatchNorm"),
     ]
