@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,8 +14,9 @@ from torch import Tensor
 from .axes import Axes, bind, check_operand, check_shape, solve
 from .errors import ShapeError, SpecError, draw, nearest, say, shown
 from .kernels import Operands, Recipe, aten, stat_dtype
+from .library import library
 from .partition import Packed, Partition, readable
-from .pattern import MOST_DIMS, pattern_of
+from .pattern import MOST_DIMS, Places, pattern_of
 from .sets import Labels, Sets, sets_of
 from .spec import RESERVED, Expr, Lookup, Spec, keyword
 from .statistics import Moments
@@ -196,6 +198,7 @@ class Formula:
         self.patterns = _Patterns(self)
         self._merged: Formula | None = None
         self._recipes: dict[Any, Recipe] = {}
+        self._stages: dict[int, _Stages] = {}
 
     @cached_property
     def of_moments(self) -> Formula:
@@ -298,13 +301,62 @@ class Formula:
             wide = stat_dtype(x.dtype)
             return sets.over(param.to(wide.to_complex() if param.is_complex() else wide), both)
 
-        (weight, bias), (weight2, bias2) = ((over(sets, w), over(sets, b)) for sets, w, b in stages)
-        if weight2 is not None:  # (xhat * weight + bias) * weight2 + bias2
-            weight = weight2 if weight is None else weight * weight2
-            bias = None if bias is None else bias * weight2
-        if bias2 is not None:
-            bias = bias2 if bias is None else bias + bias2
-        return both, *(None if p is None else p.expand(both.shape) for p in (weight, bias))  # type: ignore[return-value]
+        first, second = ((over(sets, w), over(sets, b)) for sets, w, b in stages)
+        weight, bias = (None if p is None else p.expand(both.shape) for p in _one_after_the_other(first, second))
+        return both, weight, bias
+
+    def of_one_stage(self, x: Tensor, params: Sequence[Param], labels: Labels) -> tuple[Formula, list[Param]] | None:
+        """Both affine stages as one, from their shapes alone; None: they have to be looked at more closely."""
+        both = self._stages.get(x.dim())
+        if both is None:
+            both = self._stages[x.dim()] = _Stages(self, x.dim())
+        sizes = None if both.pattern is None else library().sizes(both.pattern, x)
+        if sizes is None:
+            return None
+        size = [*sizes, *(labels[name].count for name in reversed(both.formula.lookups))]  # ~label counts from the end
+        shape, wide, found = [size[term] for term in both.terms], stat_dtype(x.dtype), []
+        for (elements, own, order), pair in zip(both.stages, params, strict=True):
+            written = [math.prod([size[term] for term in element]) for element in elements]
+            for p in pair:
+                if p is None:
+                    found.append(None)
+                    continue
+                if list(p.shape) != written or not is_wide(p):
+                    return None
+                t = p.to(wide).reshape([size[term] for term in own]).permute(order)
+                found.append(t.reshape([size[term] if term in own else 1 for term in both.terms]))
+        one = _one_after_the_other(found[:2], found[2:])
+        weight, bias = (None if p is None else p.expand(shape) for p in one)
+        return both.formula, [(weight, bias)]
+
+
+class _Stages:
+    """Where the axes of two affine stages lie in one tensor over the axes of both."""
+
+    def __init__(self, formula: Formula, dims: int) -> None:
+        self.formula = formula._of_one_stage(formula.affines[0].union(formula.affines[1]))
+        self.pattern = self.formula.patterns[dims]
+        self.terms: list[int] = []
+        self.stages: list[tuple[Any, list[int], list[int]]] = []
+        if self.pattern is None:
+            return
+        places = Places(formula.spec, dims, list(self.formula.lookups))
+        self.terms = [term for element in places.written(self.formula.affines[0]) for term in element]
+        for expr in formula.affines:
+            elements = places.written(expr)
+            own = [term for element in elements for term in element]
+            self.stages.append((elements, own, [own.index(term) for term in self.terms if term in own]))
+
+
+def _one_after_the_other(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Param:
+    """(xhat * weight + bias) * weight2 + bias2, as one weight and one bias."""
+    (weight, bias), (weight2, bias2) = first, second
+    if weight2 is not None:
+        weight = weight2 if weight is None else weight * weight2
+        bias = None if bias is None else bias * weight2
+    if bias2 is not None:
+        bias = bias2 if bias is None else bias + bias2
+    return weight, bias
 
 
 class _Patterns(dict[int, bytes | None]):

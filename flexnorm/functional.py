@@ -298,14 +298,19 @@ def _bound(
     tracked: bool,
 ) -> tuple[Tensor, Moments | None] | None:
     """The result of the library, which binds the pattern to the tensors. None: Python has to look closer."""
-    pattern = formula.patterns[x.dim()]
-    if pattern is None or len(params) > 1:
-        return None
     groups = formula.packed(labels) if formula.lookups else ()
     if groups is None:
         return None
-    weight, bias = params[0] if params else (None, None)
     try:
+        if len(params) > 1:
+            one = formula.of_one_stage(x, params, labels)
+            if one is None:
+                return None
+            formula, params = one
+        pattern = formula.patterns[x.dim()]
+        if pattern is None:
+            return None
+        weight, bias = params[0] if params else (None, None)
         differentiated = torch.is_grad_enabled() and (
             x.requires_grad
             or (weight is not None and weight.requires_grad)

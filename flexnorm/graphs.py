@@ -25,6 +25,7 @@ from .arguments import Label
 from .context import given_here
 from .errors import ShapeError, SpecError, say, shown
 from .functional import moments, normalize
+from .kernels import stat_dtype
 from .norm import Norm
 from .partition import Partition, readable
 from .statistics import Moments
@@ -640,8 +641,9 @@ class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
     ) -> Tensor:
         """Scales x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
         graphs = self._graphs(x, batch, batch_size)
-        size = graphs._counted() if is_dynamo_compiling() else graphs.counts  # in place of the variance
-        return self._apply_norm(x, graphs, Moments(torch.ones_like(size), torch.zeros_like(size), size))
+        size = (graphs._counted() if is_dynamo_compiling() else graphs.counts).to(stat_dtype(x.dtype))
+        one = torch.ones_like(size)  # of which the size is the mean square
+        return self._apply_norm(x, graphs, Moments(one, torch.zeros_like(size), size))
 
 
 class BatchNorm(pyg.BatchNorm):

@@ -14,6 +14,59 @@ MOST_DIMS = 16  # dims of x
 Terms = tuple[int, ...]  # the place of an axis, or ~place of a label
 
 
+class Places:
+    """The elementary axes of tensors with so many dims: compositions are split, and "..." stands for any axes."""
+
+    def __init__(self, spec: Spec, dims: int, labels: Sequence[str]) -> None:
+        self.names: list[str] = []
+        self.dim_of: list[int] = []
+        self.fixed: list[int] = []  # sizes that the pattern itself says, or -1
+        self.dotted: list[int] = []
+        self.labels = list(labels)
+        elements, dim = spec.x.elements, 0
+        extra = dims - sum(not isinstance(element, Dots) for element in elements)
+        for element in elements:
+            if isinstance(element, Dots):
+                for _ in range(extra):
+                    self.dotted.append(len(self.names))
+                    self._add("...", dim, -1)
+                    dim += 1
+                continue
+            for atom in element.atoms if isinstance(element, Group) else (element,):
+                self._add(str(atom), dim, atom.size if isinstance(atom, Fixed) else -1)
+            dim += 1
+        self.place = {name: at for at, name in enumerate(self.names) if name.isidentifier()}
+
+    def _add(self, name: str, dim: int, size: int) -> None:
+        self.names.append(name)
+        self.dim_of.append(dim)
+        self.fixed.append(size)
+
+    def of(self, atoms: Sequence[Atom]) -> Terms:
+        """Where the axes of these atoms lie."""
+        found: list[int] = []
+        for atom in atoms:
+            if isinstance(atom, Axis):
+                found.append(self.place[atom.name])
+            elif isinstance(atom, Dots):
+                found.extend(self.dotted)
+        return tuple(found)
+
+    def terms(self, atom: Atom) -> Terms:
+        """What an atom adds to the index of a tensor."""
+        return (~self.labels.index(atom.label),) if isinstance(atom, Lookup) else self.of([atom])
+
+    def written(self, expr: Expr) -> tuple[Terms, ...]:
+        """The terms of every dim of a tensor that is shaped as the expression says."""
+        found: list[Terms] = []
+        for element in expr.elements:
+            if isinstance(element, Group):
+                found.append(tuple(term for atom in element.atoms for term in self.terms(atom)))
+            else:
+                found.extend((term,) for term in self.terms(element))
+        return tuple(found)
+
+
 def pattern_of(
     spec: Spec, told: Mapping[str, int], dims: int, labels: Sequence[Lookup], params: Expr | None, options: Any
 ) -> bytes | None:
@@ -24,69 +77,25 @@ def pattern_of(
         labels: what the labels read, in the order in which a call brings them.
         options: center, scale, eps and activation.
     """
-    kernels, elements = library(), spec.x.elements
-    dots = sum(isinstance(element, Dots) for element in elements)
-    extra = dims - (len(elements) - dots)
-    if isinstance(kernels, str) or dims > MOST_DIMS or extra < 0 or (extra and not dots):
+    kernels, dots = library(), any(isinstance(element, Dots) for element in spec.x.elements)
+    named = sum(not isinstance(element, Dots) for element in spec.x.elements)
+    if isinstance(kernels, str) or not named <= dims <= MOST_DIMS or (dims > named and not dots):
         return None
     if options.activation not in ACTIVATIONS:
         return None
-    names: list[str] = []
-    dim_of: list[int] = []
-    sizes: list[int] = []
-    dotted: list[int] = []
-    dim = 0
-    for element in elements:
-        if isinstance(element, Dots):
-            for _ in range(extra):
-                dotted.append(len(names))
-                names.append("...")
-                dim_of.append(dim)
-                sizes.append(-1)
-                dim += 1
-            continue
-        for atom in element.atoms if isinstance(element, Group) else (element,):
-            names.append(str(atom))
-            dim_of.append(dim)
-            sizes.append(atom.size if isinstance(atom, Fixed) else told.get(str(atom), -1))
-        dim += 1
-    place = {name: at for at, name in enumerate(names) if name.isidentifier()}
-    known = [lookup.label for lookup in labels]
-
-    def places(atoms: Sequence[Atom]) -> Terms:
-        found: list[int] = []
-        for atom in atoms:
-            if isinstance(atom, Axis):
-                found.append(place[atom.name])
-            elif isinstance(atom, Dots):
-                found.extend(dotted)
-        return tuple(found)
-
-    def terms(atom: Atom) -> Terms:
-        return (~known.index(atom.label),) if isinstance(atom, Lookup) else places([atom])
-
-    def written(expr: Expr | None) -> tuple[Terms, ...] | None:
-        if expr is None:
-            return None
-        found: list[Terms] = []
-        for element in expr.elements:
-            if isinstance(element, Group):
-                found.append(tuple(term for atom in element.atoms for term in terms(atom)))
-            else:
-                found.extend((term,) for term in terms(element))
-        return tuple(found)
-
-    read = tuple(places(lookup.axes) for lookup in labels)
+    places = Places(spec, dims, [lookup.label for lookup in labels])
+    read = tuple(places.of(lookup.axes) for lookup in labels)
     if not all(read):  # a label of no axis is an error
         return None
+    sizes = (told.get(name, fixed) for name, fixed in zip(places.names, places.fixed, strict=True))
     made: bytes | None = kernels.pattern(
         dims,
-        tuple(dim_of),
+        tuple(places.dim_of),
         tuple(sizes),
         read,
-        written(spec.sets),
-        written(spec.mask),
-        written(params),
+        places.written(spec.sets),
+        None if spec.mask is None else places.written(spec.mask),
+        None if params is None else places.written(params),
         options.center,
         options.scale,
         ACTIVATIONS[options.activation],

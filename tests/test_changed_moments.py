@@ -18,13 +18,13 @@ PATTERN, SHAPE = "n c t -> n c", (3, 4, 6)
 @pytest.fixture
 def joined(monkeypatch):
     """How many gradients of x were left to `_Statistics.backward`, and with sums of its own (True) or beside them."""
-    seen, dx = [], flexnorm.functional._Waiting.dx
+    seen, dx = [], flexnorm.gradients._Waiting.dx
 
     def noting(self, sums):
         seen.append(sums is not None)
         return dx(self, sums)
 
-    monkeypatch.setattr(flexnorm.functional._Waiting, "dx", noting)
+    monkeypatch.setattr(flexnorm.gradients._Waiting, "dx", noting)
     return Joined(seen)
 
 

@@ -637,6 +637,21 @@ PyObject* bind(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
     return PyErr_Occurred() ? nullptr : made.release();
 }
 
+// sizes(pattern, x): the sizes of the elementary axes.
+PyObject* sizes(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 2) return PyErr_Format(PyExc_TypeError, "sizes takes 2 arguments");
+    const Pattern& p = *pattern_of(a[0]);
+    Numbers v;
+    Tables tables;
+    View x;
+    if (!read(a[1], x) || x.ndim != p.dims) Py_RETURN_NONE;
+    v.mask_dims = v.param_dims = -1;
+    std::copy(x.shape, x.shape + x.ndim, v.size), std::copy(x.stride, x.stride + x.ndim, v.x), std::copy(x.stride, x.stride + x.ndim, v.y);
+    Binder b(p, v, tables);
+    if (!b.sizes(false)) Py_RETURN_NONE;
+    return listed(b.size, p.rank);
+}
+
 // --- the module ------------------------------------------------------------------------------------------------------
 
 // setup(torch, convert, copy, table of DLPack functions or None)
@@ -677,7 +692,7 @@ PyObject* set_width(PyObject*, PyObject* const* a, Py_ssize_t n) {
 #define FUNCTION(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
 PyMethodDef functions[] = {FUNCTION(setup), FUNCTION(pattern), FUNCTION(evaluate), FUNCTION(forward), FUNCTION(statistics),
                            FUNCTION(apply), FUNCTION(backward), FUNCTION(backward_sums), FUNCTION(backward_dx),
-                           FUNCTION(groups), FUNCTION(track), FUNCTION(bind), FUNCTION(width), FUNCTION(set_width),
+                           FUNCTION(groups), FUNCTION(track), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
                            {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
