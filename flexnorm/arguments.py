@@ -314,7 +314,8 @@ class Formula:
         if sizes is None:
             return None
         size = [*sizes, *(labels[name].count for name in reversed(both.formula.lookups))]  # ~label counts from the end
-        shape, wide, found = [size[term] for term in both.terms], stat_dtype(x.dtype), []
+        shape, wide = [size[term] for term in both.terms], stat_dtype(x.dtype)
+        found: list[Tensor | None] = []
         for (elements, own, order), pair in zip(both.stages, params, strict=True):
             written = [math.prod([size[term] for term in element]) for element in elements]
             for p in pair:

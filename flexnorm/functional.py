@@ -131,8 +131,8 @@ def normalize(
             asked = _asked((pattern, affine, center, scale, eps, activation), names)
         if asked is not None and (affine is not None or (weight is None and bias is None)):
             formula, partitions = asked
-            params = () if affine is None else ((weight, bias),)
-            return run(formula, x, mask, params, moments, partitions)[0]
+            stages = [] if affine is None else [(weight, bias)]
+            return run(formula, x, mask, stages, moments, partitions)[0]
     options = Options(center, scale, eps, activation)
     spec = Spec.parse(pattern)
     params = None if affine is None else spec.read(affine, "affine")
@@ -204,10 +204,8 @@ def _asked(text: tuple[Any, ...], names: Mapping[str, Any]) -> tuple[Formula, di
         return None
     if (affine is not None and type(affine) is not str) or (activation is not None and type(activation) is not str):
         return None
-    told, given = (), names
-    if names:
-        told = tuple([item for item in names.items() if type(item[1]) is int])
-        given = {name: value for name, value in names.items() if type(value) is not int}
+    told = tuple([item for item in names.items() if type(item[1]) is int])
+    given = {name: value for name, value in names.items() if type(value) is not int} if told else names
     formula = _typed(pattern, affine, center, scale, eps, activation, told, tuple(given))
     return formula, {name: as_partition(*formula.lookups[name], value) for name, value in given.items()}
 
@@ -325,7 +323,7 @@ def _bound(
         how = Bound(pattern, groups, formula, labels)
         kept: list[Any] | None = [] if tracked else None
         if differentiated:
-            y = normalized((how, kept), x, mask, weight, bias)
+            y = normalized((how, kept), x, mask, weight, bias)  # type: ignore[no-untyped-call]
         else:
             y, *kept = how.forward(x, mask, weight, bias)
     except (AttributeError, Closer):  # what is no tensor has no gradient
@@ -359,7 +357,7 @@ def _bound_to(
     operands = Operands(x, mask, weight, bias)
     behind = statistics_behind(how, operands, external)
     fields = (external.count, external.mean, external.m2, external.low)
-    return applied((how, behind), *operands, *fields), moments
+    return applied((how, behind), *operands, *fields), moments  # type: ignore[no-untyped-call]
 
 
 def _routed(
@@ -376,8 +374,8 @@ def _routed(
 ) -> tuple[Tensor, Moments | None]:
     """All other ways: traced, of a DTensor, of complex numbers, over ranks, and by the other backends."""
     if _compiling(x, ranks):
-        how = {"tracked": tracked, "apart": apart, "cumulative": cumulative}
-        return ops.run(formula, x, mask, params, moments, labels, **how)
+        options = {"tracked": tracked, "apart": apart, "cumulative": cumulative}
+        return ops.run(formula, x, mask, params, moments, labels, **options)
     if moments is None and (apart or cumulative):
         if ranks.groups:  # nothing may raise on one rank alone once the moments have gone around
             formula.prepare(x, mask, params, labels)
@@ -472,7 +470,8 @@ def _bound_moments(
         if mask is not None and mask.requires_grad:
             return None
         if torch.is_grad_enabled() and x.requires_grad:
-            return Moments(*measured(Bound(pattern, groups, formula, labels), x, mask))
+            how = Bound(pattern, groups, formula, labels)
+            return Moments(*measured(how, x, mask))  # type: ignore[no-untyped-call]
     except (AttributeError, Closer):
         return None
     found = _KERNELS.statistics(pattern, x, mask, None, None, groups)

@@ -39,12 +39,18 @@ class Bound(NamedTuple):
 
     def forward(self, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
         """y, moments side by side, and the count, if sets differ in it."""
-        return _answer(library().forward(self.pattern, x, mask, weight, bias, self.groups))
+        found: tuple[Any, ...] = _answer(library().forward(self.pattern, x, mask, weight, bias, self.groups))
+        return found
 
     def moments(self, x: Tensor, kept: Kept) -> Moments:
         mean, low, m2 = kept[0].unbind()
         count = kept[1] if kept[1] is not None else torch.full(mean.shape, x.numel() // mean.numel())
         return Moments(count, mean, m2, low)
+
+    def keep(self, x: Tensor, m: Moments) -> tuple[Any, ...]:
+        """The reverse of `moments`."""
+        low = torch.zeros_like(m.mean) if m.low is None else m.low
+        return torch.stack([m.mean, low, m.m2]).contiguous(), m.count  # stacked, channels-last tensors still are
 
     def backward(self, operands: Operands, kept: Kept, dy: Tensor, of_mask: bool) -> Gradients:
         given = (self.pattern, *operands, self.groups, dy, *kept, of_mask)
@@ -104,6 +110,9 @@ class Composed(NamedTuple):
 
     def moments(self, x: Tensor, kept: Kept) -> Moments:
         return self.room.moments(self.recipe, Operands(x), kept).outward(self.sets)
+
+    def keep(self, x: Tensor, m: Moments) -> tuple[Any, ...]:
+        return self.room.keep(self.recipe, Operands(x), self._inward(m))
 
     def backward(self, operands: Operands, kept: Kept, dy: Tensor, of_mask: bool) -> Gradients:
         return self.room.backward(self.recipe, operands, kept, dy, of_mask=of_mask)

@@ -11,7 +11,7 @@ that knows half of it. Below are the entry points, which no tracer looks into.
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from .arguments import Formula, Label, Options, Param, check_eps, outward_moments, sort_names, spec_along, unnamed_axes
 from .errors import SpecError
-from .kernels import ROOMS, Operands, Recipe, Room, Sums, aten, choose, stat_dtype
+from .gradients import Bound, Closer, Composed, How
+from .kernels import ROOMS, Gradients, Operands, Recipe, Sums, aten, choose, stat_dtype
 from .partition import Partition
 from .spec import Spec
 from .statistics import Moments, each
+from .watching import unwatched
 
 # --- what dynamo sees ------------------------------------------------------------------------------------------------
 
@@ -182,28 +184,48 @@ class _Arguments(NamedTuple):
     counts: Sequence[int]
     formula: str
 
-    def prepare(self, *, check: bool = False) -> tuple[Recipe, Operands]:
-        formula = _read(self.formula, self.counts)
-        pairs = zip(formula.lookups, self.labels, self.counts, strict=False)  # sizes come behind the counts
-        labels = {name: Partition._made(ids, count) for name, ids, count in pairs}
-        if check and self.x.device.type == "cpu":  # elsewhere it is done where a Partition is made
-            for partition in labels.values():
-                partition.check()
+    @property
+    def read(self) -> Formula:
+        return _read(self.formula, self.counts)
+
+    @property
+    def partitions(self) -> dict[str, Partition]:
+        pairs = zip(self.read.lookups, self.labels, self.counts, strict=False)  # sizes come behind the counts
+        return {name: Partition._made(ids, count) for name, ids, count in pairs}
+
+    @property
+    def operands(self) -> Operands:
+        return Operands(self.x, self.mask, self.weight, self.bias)
+
+    def prepare(self) -> Recipe:
+        formula = self.read
         params = [(self.weight, self.bias)] if formula.affines else []
-        return formula.prepare(self.x, self.mask, params, labels)
+        return formula.prepare(self.x, self.mask, params, self.partitions)[0]
+
+    def computed(self, f: Callable[[How, Operands], Any]) -> Any:
+        """f of the call as the library computes it, or else as a backend does."""
+        formula, partitions = self.read, self.partitions
+        if unwatched(self.x):
+            pattern, groups = formula.patterns[self.x.dim()], formula.packed(partitions)
+            if pattern is not None and groups is not None:
+                try:
+                    return f(Bound(pattern, groups, formula, partitions), self.operands)
+                except Closer:
+                    pass
+        if self.x.device.type == "cpu":  # elsewhere it is done where a Partition is made
+            for partition in partitions.values():
+                partition.check()
+        recipe = self.prepare()
+        plan = choose(recipe, self.operands, differentiated=True)
+        return f(Composed(recipe, ROOMS[plan.room]), self.operands)
 
 
-def _call(arguments: _Arguments, *, check: bool = False) -> tuple[Recipe, Operands, Room]:
-    recipe, operands = arguments.prepare(check=check)
-    plan = choose(recipe, operands, differentiated=True)
-    return recipe, operands, ROOMS[plan.room]
-
-
-def _fields(recipe: Recipe, m: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Count, mean, M2 and low in the internal shape, each with memory of its own, as results of operators have."""
-    shape = recipe.sets.internal_shape
-    low = torch.zeros_like(m.mean) if m.low is None else m.low
-    count, mean, m2, low = (t.expand(shape).clone(memory_format=_ROWS) for t in (m.count, m.mean, m.m2, low))
+def _fields(m: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Count, mean, M2 and low, each with memory of its own, as results of operators have."""
+    count, mean, m2, low = (
+        t if t.is_contiguous() and not t._is_view() else t.clone(memory_format=_ROWS)
+        for t in (m.count, m.mean, m.m2, _low(m))
+    )
     return count, mean, m2, low
 
 
@@ -237,43 +259,51 @@ _SCHEMAS = {
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """y, and the moments."""
-    recipe, operands, room = _call(_Arguments(*arguments), check=True)
-    y, kept = room.forward(recipe, operands)
-    return y, *_fields(recipe, room.moments(recipe, operands, kept))
+
+    def both(how: How, operands: Operands) -> tuple[Tensor, ...]:
+        y, *kept = how.forward(*operands)
+        return y, *_fields(how.moments(operands.x, tuple(kept)))
+
+    found: tuple[Tensor, ...] = _Arguments(*arguments).computed(both)
+    return found
 
 
 def _statistics(*arguments: Any) -> tuple[Tensor, ...]:
-    recipe, operands, room = _call(_Arguments(*arguments), check=True)
-    return _fields(recipe, room.statistics(recipe, operands))
+    m: Moments = _Arguments(*arguments).computed(lambda how, operands: how.statistics(operands.x, operands.mask))
+    return _fields(m)
 
 
 def _apply(*arguments: Any) -> Tensor:
-    recipe, operands, room = _call(_Arguments(*arguments[:7]), check=True)
-    return room.apply(recipe, operands, Moments(*arguments[7:]))
+    m = Moments(*arguments[7:])
+    y: Tensor = _Arguments(*arguments[:7]).computed(lambda how, operands: how.apply(operands, m))
+    return y
 
 
 def _backward(*arguments: Any) -> list[Tensor]:
     """The gradients of x, of a floating mask, of weight and of bias, of those that there are."""
-    recipe, operands, room = _call(_Arguments(*arguments[:7]))
     *fields, dy = arguments[7:]
-    return _present(*room.backward(recipe, operands, room.keep(recipe, operands, Moments(*fields)), dy))
+
+    def all_(how: How, operands: Operands) -> Gradients:
+        return how.backward(operands, how.keep(operands.x, Moments(*fields)), dy, True)
+
+    return _present(*_Arguments(*arguments[:7]).computed(all_))
 
 
 def _backward_sums(*arguments: Any) -> list[Tensor]:
     """The sums over the sets, then the gradients of weight and of bias, of those that there are."""
-    recipe, operands, room = _call(_Arguments(*arguments[:7]))
     *fields, dy = arguments[7:]
-    sums = room.backward_sums(recipe, operands, Moments(*fields), dy)
-    grad, grad_xhat = (t.expand(recipe.sets.internal_shape).clone(memory_format=_ROWS) for t in sums[:2])
+    m = Moments(*fields)
+    sums: Sums = _Arguments(*arguments[:7]).computed(lambda how, operands: how.backward_sums(operands, m, dy))
+    grad, grad_xhat = (t.expand(m.mean.shape).clone(memory_format=_ROWS) for t in sums[:2])
     return _present(grad, grad_xhat, *sums[2:])
 
 
 def _backward_dx(*arguments: Any) -> list[Tensor]:
     """The gradients of x and of a floating mask, if there is one. Without sums the moments do not depend on x."""
-    recipe, operands, room = _call(_Arguments(*arguments[:7]))
     *fields, dy, grad, grad_xhat = arguments[7:]
     sums = None if grad is None else Sums(grad, grad_xhat, None, None)
-    return _present(*room.backward_dx(recipe, operands, Moments(*fields), dy, sums))
+    m = Moments(*fields)
+    return _present(*_Arguments(*arguments[:7]).computed(lambda how, operands: how.backward_dx(operands, m, dy, sums)))
 
 
 def _cumulative(*fields: Tensor) -> tuple[Tensor, ...]:
@@ -300,7 +330,7 @@ def _like_fields(recipe: Recipe, operands: Operands) -> tuple[Tensor, ...]:
     x, mask = operands[:2]
     wide = stat_dtype(x.dtype)
     count = wide if mask is not None and mask.is_floating_point() else torch.int64
-    return tuple(x.new_empty(recipe.sets.internal_shape, dtype=dtype) for dtype in (count, wide, wide, wide))
+    return tuple(x.new_empty(recipe.sets.shape, dtype=dtype) for dtype in (count, wide, wide, wide))
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -308,7 +338,8 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_statistics(*arguments: Any) -> tuple[Tensor, ...]:
-    return _like_fields(*_Arguments(*arguments).prepare())
+    given = _Arguments(*arguments)
+    return _like_fields(given.prepare(), given.operands)
 
 
 def _fake_apply(*arguments: Any) -> Tensor:
@@ -393,17 +424,18 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Any, ...]:
 
 def _differentiate_statistics(ctx: Any, dcount: Tensor | None, dmean: Tensor, dm2: Tensor, _: None) -> tuple[Any, ...]:
     given, m = _kept(ctx)
-    recipe, operands = _Arguments(*given).prepare()
-    sums = aten.backward_statistics(recipe, m, dmean, dm2)
+    arguments = _Arguments(*given)
+    sums = aten.backward_statistics(arguments.read.options, m, dmean, dm2)
     fields = (m.count, m.mean, m.m2, m.low)
     found = torch.ops.flexnorm.backward_dx(*given, *fields, None, sums.grad, sums.grad_xhat)
     if len(found) == 1:
         return _gradients(ctx, found[0])
+    recipe, mask = arguments.prepare(), arguments.mask
     assert recipe.mask is not None
-    assert operands.mask is not None
+    assert mask is not None
     # That of a mean and a variance. The weight of a set counts by itself, and m2 is so many variances.
     total = dm2 * m.var if dcount is None else dcount + dm2 * m.var
-    own = recipe.mask.outward(recipe.mask.sum(recipe.sets.spread(total))).to(operands.mask.dtype)
+    own = recipe.mask.outward(recipe.mask.sum(recipe.sets.spread(recipe.sets.inward(total)))).to(mask.dtype)
     return _gradients(ctx, found[0], found[1] + own)
 
 
@@ -415,8 +447,7 @@ def _differentiate_apply(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
     grad, grad_xhat, *of_params = torch.ops.flexnorm.backward_sums(*given, *fields, dy)
     dx = torch.ops.flexnorm.backward_dx(*given, *fields, dy, None, None)[0] if ctx.needs_input_grad[0] else None
     _, _, *params = _each((None, None, *given[2:]), [None, *of_params])
-    recipe, _ = _Arguments(*given).prepare()
-    of_moments = aten.backward_moments(recipe, m, Sums(grad, grad_xhat, None, None))
+    of_moments = aten.backward_moments(_Arguments(*given).read.options, m, Sums(grad, grad_xhat, None, None))
     return *_gradients(ctx, dx, None, *params), *of_moments, None
 
 
@@ -486,7 +517,7 @@ class _Call(NamedTuple):
     recipe: Recipe
     operands: Operands
     given: tuple[Any, ...]
-    moments: Moments | None  # in the internal shape, if they are not x's own
+    moments: Moments | None  # in the dtype of statistics, if they are not x's own
     used: Moments | None  # the same as they were given, or cumulated
 
     @classmethod
@@ -513,7 +544,6 @@ class _Call(NamedTuple):
             if along is not None:
                 used = used.cumulative() if _derived() else Moments(*torch.ops.flexnorm.cumulative(*fields))
         external = None if used is None else outward_moments(formula.spec.sets, recipe, used, x)
-        external = None if external is None else each(recipe.sets.inward, external)
         if len(stages) > 1:  # of which the operands are one now
             assert recipe.params is not None
             formula = Formula(formula.spec, formula.options, [recipe.params.expr], dict(formula.sizes))
@@ -534,7 +564,8 @@ def _statistics_of(
     recipe, operands = formula.prepare(x, mask, (), labels)
     if _derived():
         return _outward(recipe, aten.statistics(recipe, operands))
-    return _outward(recipe, Moments(*torch.ops.flexnorm.statistics(*_given(formula, operands, labels))))
+    found: tuple[Tensor, ...] = torch.ops.flexnorm.statistics(*_given(formula, operands, labels))
+    return found
 
 
 def _derived() -> bool:
@@ -577,9 +608,7 @@ def _call_normalize(*arguments: Any, moments: Sequence[Tensor | None]) -> Tensor
     recipe, operands, given, external, _ = _Call.of(*(*arguments, moments))
     if external is None:
         return aten.evaluate(recipe, operands) if _derived() else torch.ops.flexnorm.forward(*given)[0]
-    if _derived():
-        return aten.apply(recipe, operands, external)
-    return _applied(recipe, given, external)
+    return _applied(recipe, operands, given, external)
 
 
 def _call_tracked(*arguments: Any) -> tuple[Tensor, ...]:
@@ -590,13 +619,13 @@ def _call_tracked(*arguments: Any) -> tuple[Tensor, ...]:
         return y, m.count, m.mean, m.m2, _low(m)
     recipe, operands, given, external, used = _Call.of(*arguments)
     if external is not None and used is not None:
-        y = aten.apply(recipe, operands, external) if _derived() else _applied(recipe, given, external)
+        y = _applied(recipe, operands, given, external)
         return y, used.count, used.mean, used.m2, _low(used)
     if _derived():
         y, kept = aten.forward(recipe, operands)
         return y, *_outward(recipe, aten.moments(recipe, operands, kept))
-    y, *fields = torch.ops.flexnorm.forward(*given)
-    return y, *_outward(recipe, Moments(*fields))
+    found: tuple[Tensor, ...] = torch.ops.flexnorm.forward(*given)
+    return found
 
 
 def _call_moments(x: Tensor, mask: Tensor | None, ids: Any, numbers: Any, text: str) -> tuple[Tensor, ...]:
@@ -629,8 +658,10 @@ def _between(ids: Sequence[Tensor], numbers: Sequence[int], text: str) -> tuple[
     return pattern, {"sizes": dict(zip(of_sizes, numbers[len(ids) :], strict=True)), **labels}
 
 
-def _applied(recipe: Recipe, given: tuple[Any, ...], external: Moments) -> Tensor:
-    y: Tensor = torch.ops.flexnorm.apply(*given, *_fields(recipe, external))
+def _applied(recipe: Recipe, operands: Operands, given: tuple[Any, ...], external: Moments) -> Tensor:
+    if _derived():
+        return aten.apply(recipe, operands, each(recipe.sets.inward, external))
+    y: Tensor = torch.ops.flexnorm.apply(*given, *(t.contiguous() for t in external._fields))
     return y
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..canonical import memory_order
 from ..statistics import Moments, divisor, pool, pool_about_zero
-from .interface import Gradients, Kept, Operands, Recipe, Sums, stat_dtype
+from .interface import Gradients, Kept, Operands, Recipe, Rule, Sums, stat_dtype
 
 
 def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Kept]:
@@ -94,18 +94,18 @@ def backward_dx(
     return _outward(recipe, operands, g * sets.spread(factor)), dmask
 
 
-def backward_moments(recipe: Recipe, moments: Moments, sums: Sums) -> tuple[Tensor | None, Tensor, Tensor]:
+def backward_moments(rule: Rule, moments: Moments, sums: Sums) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of count, mean and m2 that came from elsewhere (of count, if it is floating)."""
-    factor = inverse_sigma(recipe, moments)
+    factor = inverse_sigma(rule, moments)
     n = divisor(moments.count)
-    dmean = -factor * sums.grad if recipe.center else torch.zeros_like(sums.grad)
-    dvar = -0.5 * factor * factor * sums.grad_xhat if recipe.scale else torch.zeros_like(sums.grad)
+    dmean = -factor * sums.grad if rule.center else torch.zeros_like(sums.grad)
+    dvar = -0.5 * factor * factor * sums.grad_xhat if rule.scale else torch.zeros_like(sums.grad)
     dcount = -dvar * moments.var / n if moments.count.is_floating_point() else None
     return dcount, dmean, dvar / n
 
 
 def backward_statistics(
-    recipe: Recipe, moments: Moments, dmean: Tensor, dm2: Tensor, own: Moments | None = None
+    rule: Rule, moments: Moments, dmean: Tensor, dm2: Tensor, own: Moments | None = None
 ) -> Sums:
     """The sums of which `backward_dx`, at these moments, makes the gradient of x, where mean and m2 of x have these.
 
@@ -114,7 +114,7 @@ def backward_statistics(
     x - mean of x is sigma xhat and the distance of the means.
     """
     own = moments if own is None else own
-    n, sigma = divisor(moments.count), torch.where(moments.count > 0, moments.var + recipe.eps, 0.0).sqrt()
+    n, sigma = divisor(moments.count), torch.where(moments.count > 0, moments.var + rule.eps, 0.0).sqrt()
     apart = moments.mean - own.mean
     if moments.low is not None and own.low is not None:
         apart = apart + (moments.low - own.low)
@@ -122,12 +122,12 @@ def backward_statistics(
     return Sums(-n * grad * sigma, -2 * n * dm2 * sigma * sigma, None, None)
 
 
-def inverse_sigma(recipe: Recipe, moments: Moments) -> Tensor:
+def inverse_sigma(rule: Rule, moments: Moments) -> Tensor:
     """1 / sqrt(var + eps) of every set, 1 without scale; 0 where a set is empty or var + eps is 0."""
     filled = moments.count > 0
-    if not recipe.scale:
+    if not rule.scale:
         return filled.to(moments.mean.dtype)
-    v = moments.var + recipe.eps
+    v = moments.var + rule.eps
     usable = filled & (v != 0)
     return v.where(usable, 1.0).rsqrt().where(usable, 0.0)
 

@@ -32,6 +32,17 @@ class Recipe:
     groups: tuple[Packed, ...] = ()  # the labels that the pattern reads
 
 
+class Rule(Protocol):
+    """What is made of moments, wherever they come from."""
+
+    @property
+    def center(self) -> bool: ...
+    @property
+    def scale(self) -> bool: ...
+    @property
+    def eps(self) -> float: ...
+
+
 class Operands(NamedTuple):
     """The tensors of a call: x in its own shape; mask, weight and bias in the shapes that the pattern writes."""
 

@@ -392,10 +392,12 @@ ENTRY(backward, 10)
     TAKE_DY(a[6])
     View v;
     Gradients gradients;
-    if (!read(a[7], v)) Py_RETURN_NONE;
+    if (!read(a[7], v) || v.type != q.wide || v.numel() != 3 * q.f.n_sets || !v.contiguous()) Py_RETURN_NONE;
     packed_moments(q, v);
+    if (a[8] == Py_None && q.f.count == 0) Py_RETURN_NONE;
     if (a[8] != Py_None) {
-        if (!read(a[8], v)) Py_RETURN_NONE;
+        if (!read(a[8], v) || v.numel() != q.f.n_sets || !v.contiguous()) Py_RETURN_NONE;
+        if (v.type != INT64 && v.type != q.wide) Py_RETURN_NONE;
         q.c.count = v.data, q.c.count_wide = v.type != INT64;
     }
     if (!gradients.make(q, PyObject_IsTrue(a[9]), true) || !work(q, BACKWARD) || !gradients.settle(q, a)) return nullptr;
