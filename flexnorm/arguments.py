@@ -15,7 +15,7 @@ from .axes import Axes, bind, check_operand, check_shape, solve
 from .errors import ShapeError, SpecError, draw, nearest, say, shown
 from .kernels import Operands, Recipe, aten, stat_dtype
 from .library import library
-from .partition import Packed, Partition, readable
+from .partition import Packed, Partition, packed, readable
 from .pattern import MOST_DIMS, Places, pattern_of
 from .sets import Labels, Sets, sets_of
 from .spec import RESERVED, Expr, Lookup, Spec, keyword
@@ -215,12 +215,10 @@ class Formula:
         found = []
         for name in self.lookups:
             label = labels.get(name)
-            packed = None if label is None else label.packed
-            if packed is None:
+            read = None if label is None else packed(label)
+            if read is None:
                 return None
-            assert label is not None
-            label.check_unedited()
-            found.append(packed)
+            found.append(read)
         return tuple(found)
 
     def prepare(

@@ -23,7 +23,7 @@ from .arguments import (
     spec_along,
     unnamed_axes,
 )
-from .errors import SpecError, say, shown
+from .errors import ShapeError, SpecError, say, shown
 from .gradients import (
     Apply,
     Bound,
@@ -206,7 +206,12 @@ def _asked(text: tuple[Any, ...], names: Mapping[str, Any]) -> tuple[Formula, di
         return None
     told = tuple([item for item in names.items() if type(item[1]) is int])
     given = {name: value for name, value in names.items() if type(value) is not int} if told else names
-    formula = _typed(pattern, affine, center, scale, eps, activation, told, tuple(given))
+    try:
+        formula = _typed(pattern, affine, center, scale, eps, activation, told, tuple(given))
+    except (SpecError, ShapeError):  # raised again with the values of labels
+        return None
+    if any(name in formula.lookups for name, _ in told):  # a number in place of ids
+        return None
     return formula, {name: as_partition(*formula.lookups[name], value) for name, value in given.items()}
 
 

@@ -74,14 +74,14 @@ class Bound(NamedTuple):
         given = (self.pattern, *operands, self.groups, m.count, m.mean, m.m2, m.low, dy, *both)
         return cast("tuple[Tensor, Tensor | None]", _answer(library().backward_dx(*given)))
 
-    def same_sets(self, other: Any) -> bool:
+    def same_sets(self, other: Any, x: Tensor) -> bool:
         """Whether these are the sets of the other call with the same x."""
         if not isinstance(other, Bound):
             return False
-        a, b = self.formula, other.formula
-        if a.spec.x != b.spec.x or a.spec.sets != b.spec.sets or a.sizes != b.sizes:
+        a, b, read = self.formula.spec, other.formula.spec, library().sizes
+        if a.x != b.x or a.sets != b.sets or read(self.pattern, x) != read(other.pattern, x):
             return False
-        return all(self.labels.get(l.label) is other.labels.get(l.label) for l in a.spec.sets.lookups())
+        return all(self.labels.get(each.label) is other.labels.get(each.label) for each in a.sets.lookups())
 
     def composed(self, operands: Operands) -> Composed:
         """The same in operations that can be differentiated again."""
@@ -135,7 +135,7 @@ class Composed(NamedTuple):
             sums = Sums(grad, grad_xhat, None, None)
         return self.room.backward_dx(self.recipe, operands, self._inward(m), dy, sums)
 
-    def same_sets(self, other: Any) -> bool:
+    def same_sets(self, other: Any, x: Tensor) -> bool:
         return isinstance(other, Composed) and self.sets.same(other.sets)
 
     def composed(self, operands: Operands) -> Composed:
@@ -340,7 +340,7 @@ def statistics_behind(how: How, operands: Operands, external: Moments) -> Any:
     while nodes and len(seen) < 512:
         node: Any = nodes.pop()
         if isinstance(node, kind):
-            if node.mask is mask and node.next_functions[0] == edge and node.how.same_sets(how):
+            if node.mask is mask and node.next_functions[0] == edge and node.how.same_sets(how, x):
                 return node
             continue
         new = {after for after, _ in node.next_functions if after is not None and after not in seen}

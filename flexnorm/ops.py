@@ -222,10 +222,7 @@ class _Arguments(NamedTuple):
 
 def _fields(m: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Count, mean, M2 and low, each with memory of its own, as results of operators have."""
-    count, mean, m2, low = (
-        t if t.is_contiguous() and not t._is_view() else t.clone(memory_format=_ROWS)
-        for t in (m.count, m.mean, m.m2, _low(m))
-    )
+    count, mean, m2, low = (t.clone(memory_format=_ROWS) for t in (m.count, m.mean, m.m2, _low(m)))
     return count, mean, m2, low
 
 

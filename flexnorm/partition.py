@@ -50,9 +50,9 @@ class Partition:
     count: int
 
     def __init__(self, ids: Tensor, count: int | None = None) -> None:
-        if unwatched(ids) and (packed := _packed(ids, count)) is not None:
+        if unwatched(ids) and (packed := _grouped(ids, count)) is not None:
             own = self.__dict__
-            own["_ids"], own["count"], own["packed"] = packed[0], packed[1], packed
+            own["_ids"], own["count"], own["_packed"] = packed[0], packed[1], packed
             return
         _check_integers(ids, "ids")
         ids = ids.detach().to(torch.int64, copy=True)  # a copy: nobody can change it behind our back
@@ -123,21 +123,14 @@ class Partition:
         return handed
 
     @cached_property
-    def packed(self) -> Packed | None:
+    def _packed(self) -> Packed | None:
         """What a kernel on CPU reads, checked in one pass; None: there is no library, or no memory to read."""
         if not unwatched(self._ids):
             return None
-        packed = _packed(self._ids, self.count)
+        packed = _grouped(self._ids, self.count)
         if packed is None:
             self.check()
         return packed
-
-    def check_unedited(self) -> None:
-        """Raises, if somebody has changed what `ids` handed out."""
-        handed = self.__dict__.get("_handed")
-        if handed is not None and self.__dict__["_version"] not in (None, handed._version):
-            received = f"{self!r}, whose ids were changed in place"
-            raise SpecError(say("a Partition is immutable", received=received, instead="Partition(ids) of the new ids"))
 
     @cached_property
     def counts(self) -> Tensor:
@@ -145,8 +138,8 @@ class Partition:
         return self._counted()
 
     def _counted(self) -> Tensor:  # by itself, as dynamo knows no lock, which cached_property has before Python 3.12
-        if not torch.compiler.is_compiling() and self.packed is not None:
-            return self.packed[2].diff()
+        if not torch.compiler.is_compiling() and self._packed is not None:
+            return self._packed[2].diff()
         ones = torch.ones(self._ids.numel(), dtype=torch.int64, device=self._ids.device)
         zeros = torch.zeros(self.count, dtype=torch.int64, device=self._ids.device)
         return zeros.index_add(0, self._ids.flatten(), ones)
@@ -154,23 +147,23 @@ class Partition:
     @cached_property
     def offsets(self) -> Tensor:
         """Where every group begins in `order`, and the end of the last: int64 of shape (count + 1,)."""
-        if self.packed is not None:
-            return self.packed[2].clone()
+        if self._packed is not None:
+            return self._packed[2].clone()
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
     @cached_property
     def order(self) -> Tensor:
         """The elements sorted by group, equal ones in their own order: indices into the flattened ids."""
-        if self.packed is not None:
-            order = self.packed[3]
+        if self._packed is not None:
+            order = self._packed[3]
             return torch.arange(self._ids.numel()) if order is None else order.clone()
         return torch.argsort(self._ids.flatten(), stable=True)
 
     @cached_property
     def is_sorted(self) -> bool:
         """Whether the flattened ids never fall, so that `order` changes nothing. Waits once for the device."""
-        if self.packed is not None:
-            return self.packed[3] is None
+        if self._packed is not None:
+            return self._packed[3] is None
         flat = self._ids.flatten()
         return bool((flat[1:] >= flat[:-1]).all())
 
@@ -229,13 +222,27 @@ pytree.register_pytree_node(
 )
 
 
-def _packed(ids: Tensor, count: object) -> Packed | None:
+def packed(partition: Partition) -> Packed | None:
+    """The labels as a kernel on CPU reads them; None: there is no library, or no memory to read.
+
+    Raises:
+        SpecError: somebody has changed what `partition.ids` handed out.
+    """
+    own = partition.__dict__
+    handed = own.get("_handed")
+    if handed is not None and own["_version"] not in (None, handed._version):
+        received = f"{partition!r}, whose ids were changed in place"
+        raise SpecError(say("a Partition is immutable", received=received, instead="Partition(ids) of the new ids"))
+    return partition._packed
+
+
+def _grouped(ids: Tensor, count: object) -> Packed | None:
     """A copy of the ids, their number, offsets and order; None where Python has to look closer."""
     kernels = library()
     if isinstance(kernels, str) or not (count is None or type(count) is int):
         return None
-    packed: Packed | None = kernels.groups(ids, count)
-    return packed
+    found: Packed | None = kernels.groups(ids, count)
+    return found
 
 
 def _integers(values: Sequence[int] | Tensor, name: str, device: torch.device | str | None) -> Tensor:

@@ -115,7 +115,7 @@ bool weights_are_good(const View& v) {
 }
 
 // a: pattern, x, mask, weight, bias, labels: a tuple of (ids, count, offsets, order or None). With `result`, y is made.
-Ready prepare(PyObject* const* a, Prepared& q, bool result) {
+Ready prepare(PyObject* const* a, Prepared& q, bool result, bool params = true) {
     View x, y, t;
     q.p = pattern_of(a[0]);
     const Pattern& p = *q.p;
@@ -152,7 +152,7 @@ Ready prepare(PyObject* const* a, Prepared& q, bool result) {
         std::copy(t.shape, t.shape + t.ndim, v.param_size);
         (i == 3 ? c.weight : c.bias) = t.data;
     }
-    if (p.present[OF_PARAMS] && v.param_dims < 0) return NO;
+    if (params && p.present[OF_PARAMS] && v.param_dims < 0) return NO;
     if (PyTuple_Size(a[5]) != p.labels) return NO;
     for (int l = 0; l < p.labels; ++l) {
         PyObject* label = PyTuple_GetItem(a[5], l);
@@ -186,9 +186,9 @@ Ready prepare(PyObject* const* a, Prepared& q, bool result) {
     return YES;
 }
 
-#define PREPARE(result)                         \
+#define PREPARE(...)                            \
     Prepared q;                                 \
-    switch (prepare(a, q, result)) {            \
+    switch (prepare(a, q, __VA_ARGS__)) {       \
         case NO: PyErr_Clear(); Py_RETURN_NONE; \
         case RAISED: return nullptr;            \
         case YES: break;                        \
@@ -366,7 +366,7 @@ ENTRY(forward, 6)
 
 // count, mean, m2, low in the shape of the sets
 ENTRY(statistics, 6)
-    PREPARE(false)
+    PREPARE(false, false)
     char *at_count = nullptr, *mean, *m2, *low;
     Ref count, of_mean(over_sets(q, q.wide, mean)), of_m2(over_sets(q, q.wide, m2)), of_low(over_sets(q, q.wide, low));
     if (!of_mean || !of_m2 || !of_low || !count_to_write(q, count)) return nullptr;
