@@ -121,7 +121,7 @@ class Composed(NamedTuple):
         return self.room.statistics(self.recipe, Operands(x, mask)).outward(self.sets)
 
     def apply(self, operands: Operands, m: Moments) -> Tensor:
-        return itself(self.room.apply(self.recipe, operands, self._inward(m)))
+        return self.room.apply(self.recipe, operands, self._inward(m))
 
     def backward_sums(self, operands: Operands, m: Moments, dy: Tensor) -> Sums:
         sums = self.room.backward_sums(self.recipe, operands, self._inward(m), dy)
@@ -362,7 +362,7 @@ class Apply(torch.autograd.Function):
         bias: Tensor | None,
         *fields: Tensor | None,
     ) -> Tensor:
-        y = how[0].apply(Operands(x, mask, weight, bias), Moments(*fields))  # type: ignore[arg-type]
+        y = itself(how[0].apply(Operands(x, mask, weight, bias), Moments(*fields)))  # type: ignore[arg-type]
         ctx.how = how
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mask, weight, bias, *fields)

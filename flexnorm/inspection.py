@@ -700,7 +700,7 @@ def _watched(layer: Norm, note: Callable[[_Call], None]) -> Iterator[None]:
     before = [(part, dict(part.__dict__)) for part in layer.modules() if isinstance(part, Norm)]
     for part, _ in before:
         part.__dict__["_evaluates_unseen"] = True
-    layer.__dict__.update({"_run": noting, "_ranks": lambda: ALONE})
+    layer.__dict__.update({"_run": noting, "_ranks": lambda: ALONE, "_direct": False})
     try:
         yield
     finally:  # what the layer noted of the call is forgotten, too
