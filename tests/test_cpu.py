@@ -1007,7 +1007,7 @@ def check_drawn(d):
 HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=HEALTH)
+@settings(max_examples=3 * settings().max_examples, deadline=None, suppress_health_check=HEALTH)
 @given(drawn())
 def test_any_problem(d):
     note(f"from test_cpu import *\ncheck_drawn({d!r})")
@@ -1015,7 +1015,7 @@ def test_any_problem(d):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=HEALTH)
+@settings(max_examples=10 * settings().max_examples, deadline=None, suppress_health_check=HEALTH)
 @given(drawn())
 def test_any_problem_at_length(d):
     note(f"from test_cpu import *\ncheck_drawn({d!r})")
