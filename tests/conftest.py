@@ -108,3 +108,14 @@ def pytest_collection_modifyitems(config, items):
 def seed():
     """What a test draws without a generator of its own is the same each time."""
     torch.manual_seed(20_26)  # not that of cases.arguments, or a tangent would be x itself
+
+
+@pytest.fixture
+def inductor(monkeypatch):
+    """torch's compiler for AVX2, or for no vectors at all.
+
+    It asks the C++ compiler about each of six vector units in turn, which takes longer than what is tested.
+    """
+    from torch._inductor import cpu_vec_isa
+
+    monkeypatch.setattr(cpu_vec_isa, "supported_vec_isa_list", [cpu_vec_isa.VecAVX2()])

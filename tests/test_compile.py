@@ -586,7 +586,7 @@ REAL = ["group", "batch", "conditional", "types", "utterance", "cu_seqlens", "un
 
 
 @pytest.fixture
-def no_cache():
+def no_cache(inductor):
     """Graphs are kept by their text, which does not say what the operators in it do."""
     with fresh_inductor_cache():
         yield
