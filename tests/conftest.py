@@ -29,7 +29,7 @@ _TRACED = "compares what torch makes of the composition, which it sees with the 
 _MODELS = "says which layers there are and should be; what they compute stands in other files"
 _KERNELS = "the library is the same file on every torch, and gets nothing of it but memory and threads"
 _PROCESSES = "is about where the library lies and who loads it, in processes of its own"
-_LEGS = {
+LEGS = {
     "without-library": {
         **_EITHER_WAY,
         "test_triton.py": "has kernels of its own",
@@ -74,12 +74,12 @@ _LEGS = {
 
 
 def pytest_addoption(parser):
-    parser.addoption("--leg", choices=_LEGS, help="a leg of .ci/run, which leaves out what it would only repeat")
+    parser.addoption("--leg", choices=LEGS, help="a leg of .ci/run, which leaves out what it would only repeat")
 
 
 def pytest_ignore_collect(collection_path, config):
     """Files that a leg leaves out are not even imported."""
-    return collection_path.name in _LEGS.get(config.getoption("--leg"), {}) or None
+    return collection_path.name in LEGS.get(config.getoption("--leg"), {}) or None
 
 
 # CI repeats: a failure there is one here. The legs after the first one draw fewer examples.
@@ -91,7 +91,7 @@ torch.set_num_threads(1)  # tensors are small, and tests run side by side
 
 def pytest_collection_modifyitems(config, items):
     """What a leg leaves out goes. What takes long begins first, so that no process waits for another at the end."""
-    left_out = _LEGS.get(config.getoption("--leg"), {})
+    left_out = LEGS.get(config.getoption("--leg"), {})
     gone = {item for item in items if f"{item.path.name}::{getattr(item, 'originalname', None)}" in left_out}
     if gone:
         config.hook.pytest_deselected(items=list(gone))
