@@ -85,7 +85,8 @@ def main() -> int:
     for path in BUILD.glob("report.*"):
         path.unlink()
     settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-m", "not slow"]
-    status = python("-m", "pytest", "--quiet", *settings, str(ROOT / "tests" / "test_cpu.py"), *sys.argv[1:])
+    tests = ["--leg", "sanitized", str(ROOT / "tests" / "test_cpu.py")]
+    status = python("-m", "pytest", "--quiet", *settings, *tests, *sys.argv[1:])
     print(*reports(), sep="\n", end="")
     return 1 if status != 0 or reports() else 0
 

@@ -1163,7 +1163,9 @@ def test_gradients_are_those_of_the_blend_in_any_order_of_passes(order, twice, w
 
 @pytest.mark.parametrize("way", ["plain", "checkpoint"])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_gradients_are_those_of_the_blend(backend, way):
+def test_compiled_gradients_are_those_of_the_blend(backend, way, request):
+    if backend == "inductor":
+        request.getfixturevalue("inductor")
     model = two_norms()
     oracle = Blended(model)
     model, _ = convert(model, "group", groups=2, steps=3)

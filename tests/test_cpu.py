@@ -307,14 +307,17 @@ COLUMNS = [
     1025,
     2050,
 ]  # of a vector, a short run, a long one, a tile
+PATTERNS = ["n c -> n", "n c -> c", "n c ->", "n c -> kind[c]", "n c -> n kind[c]"]
 
 
 @pytest.mark.parametrize("columns", COLUMNS)
-@pytest.mark.parametrize("pattern", ["n c -> n", "n c -> c", "n c ->", "n c -> kind[c]", "n c -> n kind[c]"])
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_rows_and_columns(pattern, columns):
+    """Every second number of rows, by turns: each meets every number of columns, and every pattern meets both."""
     g = torch.Generator().manual_seed(columns)
     kind = Partition(torch.randint(0, 3, (columns,), generator=g), 4)
-    for rows in ROWS:
+    first = PATTERNS.index(pattern) + COLUMNS.index(columns)
+    for rows in ROWS[first % 2 :: 2]:
         x = torch.randn(rows, columns, generator=g) + 3
         weight, bias = torch.randn(columns, generator=g), torch.randn(columns, generator=g)
         labels = {"kind": kind} if "kind" in pattern else None
@@ -506,6 +509,7 @@ PAST = [
 @pytest.mark.parametrize(("pattern", "shape", "kwargs"), PAST)
 def test_large_results_are_those_of_their_parts(pattern, shape, kwargs, dtype):
     """Results of more than 16 MiB are written past the caches, those of a part of the samples are not."""
+    shape = (shape[0] * 4 // dtype.itemsize, *shape[1:])  # as many bytes
     x, dy = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (0, 1))
     kwargs = dict(kwargs)
     mask = None
@@ -622,22 +626,23 @@ def of_sets(pattern, shape, kwargs, *, dtype=torch.float32, **more):
     return p, ids
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("pattern", "shape", "kwargs"), SETS)
-def test_nan_stays_in_its_set(pattern, shape, kwargs, dtype, value):
+def test_nan_stays_in_its_set(pattern, shape, kwargs, dtype):
     p, ids = of_sets(pattern, shape, kwargs, dtype=dtype)
     dirty = ids == ids.flatten()[0]
-    for places in (dirty, dirty & (torch.arange(ids.numel()) == 0).reshape(shape)):
-        x = p.operands.x.masked_fill(places, value)
-        for width in widths():
-            with engine(width):
-                clean = results(cpu, p)
-                ours = results(cpu, Problem(p.recipe, p.wide, Operands(x), p.dy))
-            assert same(clean.y[~dirty], ours.y[~dirty])
-            assert same(clean.dx[~dirty], ours.dx[~dirty])
-            if not (ids == ids.flatten()[0]).all() or value != value:
-                assert ours.y[places].isnan().all()
+    for width in widths():
+        with engine(width):
+            clean = results(cpu, p)
+        for places in (dirty, dirty & (torch.arange(ids.numel()) == 0).reshape(shape)):
+            for value in (float("nan"), float("inf"), -float("inf")):
+                x = p.operands.x.masked_fill(places, value)
+                with engine(width):
+                    ours = results(cpu, Problem(p.recipe, p.wide, Operands(x), p.dy))
+                assert same(clean.y[~dirty], ours.y[~dirty]), value
+                assert same(clean.dx[~dirty], ours.dx[~dirty]), value
+                if not (ids == ids.flatten()[0]).all() or value != value:
+                    assert ours.y[places].isnan().all(), value
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -1007,7 +1012,7 @@ def check_drawn(d):
 HEALTH = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=HEALTH)
+@settings(max_examples=3 * settings().max_examples, deadline=None, suppress_health_check=HEALTH)
 @given(drawn())
 def test_any_problem(d):
     note(f"from test_cpu import *\ncheck_drawn({d!r})")
@@ -1015,7 +1020,7 @@ def test_any_problem(d):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, suppress_health_check=HEALTH)
+@settings(max_examples=10 * settings().max_examples, deadline=None, suppress_health_check=HEALTH)
 @given(drawn())
 def test_any_problem_at_length(d):
     note(f"from test_cpu import *\ncheck_drawn({d!r})")
@@ -1103,23 +1108,22 @@ def test_threads_are_those_that_torch_is_told():
     assert python(code) == "[0, 1, 0, 0, 1, 0]"
 
 
-@pytest.mark.parametrize(
-    ("pattern", "shape"), [("n c -> kind[c]", (5, 8)), ("v c -> kind[v]", (8, 5)), ("v c -> v", (8, 5))]
-)
-def test_ids_are_not_trusted(pattern, shape):
+def test_ids_are_not_trusted():
     """torch's pytrees rebuild a Partition of whatever ids; in another process, as this one should live."""
-    code = f"""
+    code = """
         import torch
         from flexnorm import Partition, normalize
         from torch.utils import _pytree
         kind = _pytree.tree_map(lambda ids: ids + 1_000_000, Partition(torch.tensor([0, 1, 2, 0, 1, 2, 2, 2]), 3))
-        weight = {{"weight": torch.ones(3), "affine": "kind[v]"}} if {pattern!r}.endswith("> v") else {{}}
-        try:
-            normalize(torch.randn{shape}, {pattern!r}, kind=kind, **weight)
-        except (IndexError, RuntimeError, ValueError) as error:
-            print("refused")
+        for pattern, shape in ("n c -> kind[c]", (5, 8)), ("v c -> kind[v]", (8, 5)), ("v c -> v", (8, 5)):
+            weight = {"weight": torch.ones(3), "affine": "kind[v]"} if pattern.endswith("> v") else {}
+            print(pattern, flush=True)
+            try:
+                normalize(torch.randn(shape), pattern, kind=kind, **weight)
+            except (IndexError, RuntimeError, ValueError) as error:
+                print("refused", flush=True)
     """
-    assert python(code) == "refused"
+    assert python(code).splitlines()[1::2] == ["refused"] * 3
 
 
 RUNS = """

@@ -161,3 +161,12 @@ def test_reserved_names_are_all_options_and_all_options_are_reserved():
 def test_no_path_of_a_machine_in_the_package():
     for path in PACKAGE.rglob("*.py"):
         assert "/home/" not in path.read_text()
+
+
+def test_legs_of_ci_leave_out_what_there_is(pytestconfig):
+    """A name that no file or test has any more would leave out nothing, and say nothing."""
+    (legs,) = (plugin.LEGS for plugin in pytestconfig.pluginmanager.get_plugins() if hasattr(plugin, "LEGS"))
+    for name in {name for left_out in legs.values() for name in left_out}:
+        file, _, test = name.partition("::")
+        text = (pathlib.Path(__file__).parent / file).read_text()
+        assert f"def {test}(" in text if test else text, name

@@ -271,7 +271,7 @@ def test_higher_derivatives(kind, name):
         assert torch.autograd.gradgradcheck(run, rows, fast_mode=True)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples // 4, deadline=None)
 @hypothesis_given(
     st.sampled_from(KINDS),
     st.lists(st.integers(0, 7), min_size=1, max_size=4).filter(any),

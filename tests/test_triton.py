@@ -6,11 +6,14 @@ directly where TRITON_INTERPRET=1 is set or a GPU is at hand.
 """
 
 import dataclasses
+import functools
+import itertools
 import os
 import pathlib
 import subprocess
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import cases
 import oracle
@@ -116,7 +119,8 @@ def launch_all(recipe, operands):
 
 
 KERNELS = {f"{name}_kernel" for name in "forward moments merge apply backward sums add dx".split()}
-COMPILED = ["batch", "utterance", "graph_group", "regions", "weights", "silu", "weighted_rms", "gelu", "node_types"]
+COMPUTED = ["weights", "silu", "weighted_rms", "gelu"]
+COMPILED = ["batch", "utterance", "graph_group", *COMPUTED, "regions", "node_types"]
 
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
@@ -127,8 +131,11 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles noth
     ("dtype", "architectures", "names"),
     [
         (torch.bfloat16, (80,), COMPILED[:3]),
-        pytest.param(torch.float32, (80, 90), COMPILED, marks=pytest.mark.slow),
-        pytest.param(torch.float64, (80,), COMPILED, marks=pytest.mark.slow),
+        # Every pattern in float32 for one architecture. For the other one, three that launch every kernel. In float64
+        # these, and what computes otherwise: patterns of other labels differ in whole numbers alone.
+        pytest.param(torch.float32, (80,), COMPILED, marks=pytest.mark.slow),
+        pytest.param(torch.float32, (90,), COMPILED[:3], marks=pytest.mark.slow),
+        pytest.param(torch.float64, (80,), [*COMPILED[:3], *COMPUTED], marks=pytest.mark.slow),
     ],
 )
 def test_kernels_compile(dtype, architectures, names, compiled, monkeypatch):
@@ -163,17 +170,26 @@ def test_loads_and_stores_are_wide(pattern, compiled):
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreter():
-    """numpy 2.4 makes no int of an array of one number, which Triton 3.6 asks it for at the bounds of loops."""
+    """numpy 2.4 makes no int of an array of one number, which Triton 3.6 asks it for at the bounds of loops.
+
+    And Triton puts its interpreter in place of its language anew at every call of a function of a kernel, which takes
+    a third of all time. Here this is done once for each function, and stays, as this process compiles nothing.
+    """
     if INTERPRETED:
         import triton.runtime.interpreter as interpreter
 
-        patch = interpreter._patch_lang_tensor
+        patch, replace = interpreter._patch_lang_tensor, interpreter._patch_lang
 
         def patched(tensor, scope):
             patch(tensor, scope)
             scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-        interpreter._patch_lang_tensor = patched
+        @functools.cache
+        def replaced(function):
+            replace(function)
+            return SimpleNamespace(restore=lambda: None)
+
+        interpreter._patch_lang_tensor, interpreter._patch_lang = patched, replaced
 
 
 @pytest.fixture(params=["fused", "split"])
@@ -181,6 +197,16 @@ def path(request, monkeypatch):
     """Ranges that fit into a tile, about half of all in one; and the same cut into many parts."""
     monkeypatch.setattr(tables, "LIMITS", SPLIT if request.param == "split" else FUSED)
     return request.param
+
+
+def on_paths(names, fused, split):
+    """Parametrizes a test: all of these on the fused path, and some on the split one, which takes ten times as long.
+
+    The tests below choose those of the split path so that each value of every parameter is among them: with all of the
+    fused path, every two values of two parameters meet.
+    """
+    pairs = [(*values, "fused") for values in fused] + [(*values, "split") for values in split]
+    return pytest.mark.parametrize((*names, "path"), pairs, indirect=["path"])
 
 
 def prepared(x, kwargs):
@@ -211,16 +237,21 @@ def same(ours, theirs, tolerance):
 FEW = ["group", "batch", "token_group", "utterance", "graph_group", "bands", "weights", "masked_rms"]
 
 
-# The interpreter takes seconds for what is cut into many parts, so every second case is.
-PATHS = [(case, "fused") for case in cases.CASES] + [(case, "split") for case in cases.CASES[::2]]
+SINGLY = ["batch", "utterance", "graph_group", "weights"]
+
+# The interpreter takes seconds for what is cut into many parts, so every second case is. test_few checks those of
+# SINGLY, on both paths.
+NAMES = [case.name for case in cases.CASES]
 
 
 @inside
-@pytest.mark.parametrize(
-    ("case", "path"), PATHS, indirect=["path"], ids=[f"{case.name}-{path}" for case, path in PATHS]
+@on_paths(
+    ["name"],
+    fused=[(name,) for name in NAMES if name not in SINGLY],
+    split=[(name,) for name in NAMES[::2] if name not in SINGLY],
 )
-def test_cases(case, path):
-    check(case)
+def test_cases(name, path):
+    check(cases.by_name[name])
 
 
 def check(case):
@@ -247,7 +278,7 @@ def check(case):
 
 
 @inside
-@pytest.mark.parametrize("name", ["batch", "utterance", "graph_group", "weights"])
+@pytest.mark.parametrize("name", SINGLY)
 def test_few(name, path):
     """Every entry point by itself."""
     recipe, operands, expected_y, expected, dy = check(cases.by_name[name])
@@ -264,12 +295,23 @@ def test_few(name, path):
             same(a, b, 1e-10)
 
 
+VALUES = [
+    (1.0, 0.0, torch.float32),
+    (1.0, 1000.0, torch.float32),
+    (1e-3, 0.0, torch.bfloat16),
+    (100, -1000, torch.float16),
+]
+
+
 @inside
-@pytest.mark.parametrize(
-    ("scale", "offset", "dtype"),
-    [(1.0, 0.0, torch.float32), (1.0, 1000.0, torch.float32), (1e-3, 0.0, torch.bfloat16), (100, -1000, torch.float16)],
+@on_paths(
+    ["name", "scale", "offset", "dtype"],
+    fused=[(name, *values) for name in FEW for values in VALUES],
+    split=[  # of each the hardest, and another one
+        *((name, *VALUES[1]) for name in FEW),
+        *((name, *VALUES[(0, 2, 3)[i % 3]]) for i, name in enumerate(FEW)),
+    ],
 )
-@pytest.mark.parametrize("name", FEW)
 def test_error_against_float64(name, scale, offset, dtype, path):
     """The bound of the design, before the affine."""
     case = dataclasses.replace(cases.by_name[name], affine=None, parameter=None)
@@ -317,11 +359,15 @@ def memories():
 
 
 MEMORIES = dict(memories())
+PATTERNS = ["n (g c) h w -> n g", "n c h w -> c", "n c h w, n h -> n h"]
 
 
 @inside
-@pytest.mark.parametrize("memory", MEMORIES)
-@pytest.mark.parametrize("pattern", ["n (g c) h w -> n g", "n c h w -> c", "n c h w, n h -> n h"])
+@on_paths(
+    ["pattern", "memory"],
+    fused=[(pattern, memory) for pattern in PATTERNS for memory in MEMORIES],
+    split=[(PATTERNS[i % 3], memory) for i, memory in enumerate(MEMORIES)],
+)
 def test_memory_formats(pattern, memory, path):
     x = MEMORIES[memory](torch.randn(2, 4, 3, 5, dtype=torch.float64, device=DEVICE))
     mask = torch.tensor([[True, False, True], [True, True, True]], device=DEVICE) if "," in pattern else None
@@ -348,7 +394,11 @@ def test_what_is_masked_never_matters(name, path):
     keep = torch.stack([kwargs["mask"][p.mask_place(e)] for e in p.elements]).reshape(x.shape)
     dy = torch.randn(x.shape, dtype=x.dtype)
     results = []
-    for padding in (0.0, float("nan"), float("inf"), 1e300):
+    paddings = [torch.full_like(x, value) for value in (0.0, float("nan"), float("inf"), 1e300)]
+    if path == "split":  # zeros, and all others in turn
+        paddings[1:] = [torch.stack(paddings[1:], -1).flatten()[: x.numel()].reshape(x.shape)]
+        assert len(set(map(str, paddings[1][~keep].tolist()))) == 3
+    for padding in paddings:
         recipe, operands = prepared(x.where(keep, padding), {"pattern": case.pattern, **kwargs})
         y, kept = room.forward(recipe, operands)
         results.append((y, *room.backward(recipe, operands, kept, dy.where(keep, padding).to(DEVICE))))
@@ -362,8 +412,8 @@ def test_what_is_masked_never_matters(name, path):
 @pytest.mark.parametrize("pattern", ["v c -> graph[v]", "v c -> graph[v] c", "c v -> graph[v] c", "c v -> graph[v]"])
 def test_nan_stays_in_its_set(pattern, path):
     """Groups of very unequal sizes, out of order, some empty."""
-    ids = torch.tensor([3, 3, 1, 3, 3, 3, 0, 3, 3, 3, 3, 3, 1, 3, 3, 3, 3, 3])
-    x = torch.randn(18, 3, dtype=torch.float64)
+    ids = torch.tensor([3, 3, 1, 3, 3, 3, 0, 3, 3, 3, 1, 3, 3])  # the largest in three parts on the split path
+    x = torch.randn(13, 3, dtype=torch.float64)
     bad = x.masked_fill((ids == 1)[:, None], float("nan"))
     outputs = []
     for value in (x, bad):
@@ -380,17 +430,22 @@ def test_nan_stays_in_its_set(pattern, path):
         assert dirty[ids == 1].isnan().all()
 
 
+EQUAL = list(itertools.product([1000.3, -3e-5, 65000.0], [torch.float32, torch.bfloat16]))
+
+
 @inside
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("value", [1000.3, -3e-5, 65000.0])
-def test_equal_values_give_zero(value, dtype, path):
+@on_paths(
+    ["value", "dtype", "eps"],
+    fused=[(*equal, eps) for equal in EQUAL for eps in (1e-5, 0.0)],
+    split=[(*equal, eps) for equal, eps in zip(EQUAL, (1e-5, 0.0, 0.0, 1e-5, 1e-5, 0.0), strict=True)],
+)
+def test_equal_values_give_zero(value, dtype, eps, path):
     x = torch.full((2, 3, 13), value, dtype=dtype)
-    for eps in (1e-5, 0.0):
-        recipe, operands = prepared(x, {"pattern": "n c t -> n", "eps": eps})
-        y, kept = room.forward(recipe, operands)
-        assert (y == 0).all() and (room.moments(recipe, operands, kept).m2 == 0).all()
-        dx = room.backward(recipe, operands, kept, torch.ones_like(y)).x
-        assert dx.isfinite().all()
+    recipe, operands = prepared(x, {"pattern": "n c t -> n", "eps": eps})
+    y, kept = room.forward(recipe, operands)
+    assert (y == 0).all() and (room.moments(recipe, operands, kept).m2 == 0).all()
+    dx = room.backward(recipe, operands, kept, torch.ones_like(y)).x
+    assert dx.isfinite().all()
 
 
 @inside
