@@ -362,14 +362,20 @@ class _Patterns(dict[int, bytes | None]):
     """What the binder is told of a formula, by the rank of x: at most one for every rank that torch knows."""
 
     def __init__(self, formula: Formula) -> None:
-        self.formula = formula
+        # Not the formula itself: a circle would keep both until the collector comes.
+        self.spec, self.options, self.affines, self.sizes = (
+            formula.spec,
+            formula.options,
+            formula.affines,
+            formula.sizes,
+        )
+        self.labels = [lookup for _, lookup in formula.lookups.values()]
 
     def __missing__(self, dims: int) -> bytes | None:
-        f, found = self.formula, None
-        if len(f.affines) < 2:
-            labels = [lookup for _, lookup in f.lookups.values()]
-            params = f.affines[0] if f.affines else None
-            found = pattern_of(f.spec, solve(f.spec, dict(f.sizes)), dims, labels, params, f.options)
+        found = None
+        if len(self.affines) < 2:
+            told, params = solve(self.spec, dict(self.sizes)), self.affines[0] if self.affines else None
+            found = pattern_of(self.spec, told, dims, self.labels, params, self.options)
         if dims <= MOST_DIMS:
             self[dims] = found
         return found

@@ -249,9 +249,10 @@ def test_updated_is_what_training_does(pattern, labels, momentum):
         functional = copy.deepcopy(ours)
         functional.load_state_dict(buffers)
         buffers = functional.updated(seen)
-        assert_unchanged(inplace, buffers)
+        for name, value in kept(inplace).items():  # a step of lerp rounds twice, fused once
+            torch.testing.assert_close(buffers[name], value, rtol=2 * torch.finfo(D).eps, atol=torch.finfo(D).eps)
     evaluated = torch.func.functional_call(ours.eval(), buffers, (x,), labels)
-    torch.testing.assert_close(evaluated, inplace.eval()(x, **labels), rtol=0, atol=0)
+    torch.testing.assert_close(evaluated, inplace.eval()(x, **labels), rtol=1e-14, atol=1e-14)
 
 
 def function(norm):

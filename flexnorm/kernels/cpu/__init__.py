@@ -34,7 +34,7 @@ def refusal(recipe: Recipe, operands: Operands) -> str | None:
         return "x is empty"
     if x.dtype not in DTYPES:
         return f"there is no kernel for {x.dtype}"
-    if recipe.pattern is not None and found.sizes(recipe.pattern, x) is None:
+    if recipe.pattern is not None and type(x) is Tensor and found.sizes(recipe.pattern, x) is None:
         return "x has no memory that can be read"
     if recipe.pattern is None:
         return f"x has more than {MOST_AXES} axes"
