@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -412,3 +413,11 @@ def test_an_exported_layer_has_the_ids_of_then(strict):
     norm.load_state_dict(bands([5, 1], affine="f", f=6).state_dict())
     torch.testing.assert_close(program.module()(x), of_bands(x, [3, 3]))
     assert torch.equal(norm(x), of_bands(x, [5, 1]))
+
+
+def test_a_call_with_fake_tensors_leaves_nothing():
+    norm, x = bands([2, 4]), torch.randn(4, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert norm(mode.from_tensor(x)).shape == x.shape
+    assert torch.equal(norm(x), of_bands(x, [2, 4]))
+    assert torch.equal(norm.labels["band"].counts, torch.tensor([2, 4]))
