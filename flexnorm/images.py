@@ -48,8 +48,8 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
         device, dtype: of the parameters.
         bias: learn a bias beside the weight.
         groups: what the groups are, if not C // num_groups channels each, side by side: a list of their sizes, a tensor
-            (C,) with the group of every channel, or a `Partition`. It is the buffer `group_ids`, part of the state:
-            writing to it (`norm.group_ids.copy_(learned)`) groups anew.
+            (C,) with the group of every channel, or a `Partition`. The ids are part of the state, `group_ids`, and no
+            buffer. `flexnorm.grouping.regroup` makes a layer with other groups and the same parameters.
         zero_init: begin with weight 0, as the last norm of a residual branch does: then the block begins as identity.
         activation: "relu", "silu" or "gelu", applied to the result.
 

@@ -331,7 +331,7 @@ class Mixture(Norm):
         if self._sharding is not None:
             rule, instead = "the moments of a call are those of this rank", "norm(x) in training, which asks the others"
             raise SpecError(say(rule, received=f"sharded={' '.join(self._sharding.names)!r}", instead=instead))
-        partitions = dict(self.labels)
+        partitions = self._static.beside(seen.mean)
         self._check_labels(names if labels is None else self._both(names, labels), partitions)
         found: dict[str, Tensor] = {}
         for k in range(len(self._coarser)):
@@ -362,7 +362,7 @@ class Mixture(Norm):
         if moments is None:
             for norm in self._runs():
                 norm._check_kind(x)
-            partitions = dict(self.labels)
+            partitions = self._static.beside(x)
             if self._sharding is None:  # apart from the other, as a compiler knows no such block
                 self._check_labels(dynamic, partitions)
                 own = own_moments(self._formula, x, mask, partitions)

@@ -19,6 +19,7 @@ from .library import library
 from .partition import Partition, readable, whole
 from .ranks import Ranks, Sharding, is_dtensor
 from .spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
+from .static_labels import StaticLabels
 from .statistics import Moments, each
 from .watching import unwatched
 
@@ -51,8 +52,11 @@ class Norm(nn.Module):
         labels: as keywords, for names that options have.
         device, dtype: of the parameters.
         **names: sizes of axes, as `g=32` (all axes of `affine` need one); and labels: a tensor of ids or a `Partition`
-            for those that never change (persistent buffers, rebuilt by `reset_parameters()`), an int for the number of
-            values of one that comes with every call.
+            for those that never change, an int for the number of values of one that comes with every call.
+
+    The ids of a label that never changes are part of the state (`graph_ids`), and neither parameters nor buffers:
+    nothing averages them, and a layer that leaves the meta device has them. `load_state_dict` takes other ids of the
+    same shape, `reset_parameters()` those that the layer was built with.
 
     Shapes: x has the axes of the pattern's left side; the result has x's shape, dtype and memory format.
 
@@ -118,13 +122,9 @@ class Norm(nn.Module):
             for name, value in told.items()
             if not isinstance(value, (Tensor, Partition)) and hasattr(value, "__index__")
         }
-        self._static = {
-            name: self._as_partition(name, value) for name, value in told.items() if name not in self._counts
-        }
-        self._built: dict[str, tuple[Tensor, int, Partition]] = {}
-        for name, partition in self._static.items():
-            self._counts[name] = partition.count
-            self.register_buffer(_buffer(name), torch.empty(partition.shape, dtype=torch.int64, device=device))
+        static = {name: self._as_partition(name, value) for name, value in told.items() if name not in self._counts}
+        self._static = StaticLabels(self._lookups, static, torch.empty(0, device=device).device)
+        self._counts.update({name: partition.count for name, partition in static.items()})
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         if self._affine is not None:
@@ -169,6 +169,7 @@ class Norm(nn.Module):
             state_dict[key] = torch.ones(own.shape, dtype=own.dtype)  # it has seen something, and may evaluate
         # nn.Module's, as a batch norm beside this class would add a counter of its own
         nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *others)
+        self._static.load(state_dict, prefix, *others)
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batch seen."""
@@ -184,8 +185,7 @@ class Norm(nn.Module):
                 nn.init.ones_(self.weight)
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
-            for name, partition in self._static.items():
-                self.get_buffer(_buffer(name)).copy_(partition.ids)
+        self._static.reset()
 
     @overload
     def forward(
@@ -308,7 +308,7 @@ class Norm(nn.Module):
             moments = self._running()
         if mask is not None and not torch.compiler.is_compiling():
             self.__dict__["_masked"] = True
-        partitions = self.labels if self._static else {}
+        partitions = self._static.beside(x) if self._static.held else {}
         tracked = self.training and self.track_running_stats and runs and not return_moments
         ranks = ALONE if self._sharding is None or moments is not None else self._ranks()
         if ranks is ALONE:
@@ -424,7 +424,7 @@ class Norm(nn.Module):
         dynamic: dict[str, Label] = names if labels is None else self._both(names, labels)
         if something_given() or self._was_given:
             mask = self._from_around(given_here(), mask, dynamic)
-        partitions = self.labels if self._static else {}
+        partitions = self._static.beside(x) if self._static.held else {}
         ranks = ALONE if self._sharding is None else self._ranks()
         given = (x, mask, weight, bias, state, dynamic, partitions, ranks)
         if ranks.groups:
@@ -665,7 +665,7 @@ class Norm(nn.Module):
     @property
     def labels(self) -> dict[str, Partition]:
         """The static labels, by name."""
-        return {name: self._partition(name) for name in self._static}
+        return dict(self._static.held)
 
     def _read(self, dynamic: Mapping[str, Any], partitions: dict[str, Partition]) -> None:
         """Labels that came with a call, into the static ones."""
@@ -676,28 +676,6 @@ class Norm(nn.Module):
 
     def _as_partition(self, name: str, value: object, count: int | None = None) -> Partition:
         return as_partition(*self._lookups[name], value, count)
-
-    def _partition(self, name: str) -> Partition:
-        """A static label, from its buffer; kept until the buffer is another one, or was written."""
-        buffer = self.get_buffer(_buffer(name))
-        if torch.compiler.is_dynamo_compiling():  # the operator checks them
-            return Partition._made(buffer, self._counts[name])
-        if buffer.is_inference() or not readable(buffer):
-            return self._as_partition(name, buffer, self._counts[name])
-        kept = self._built.get(name)
-        # By the memory, not by the tensor: `swap_tensors` and `.data =` leave the tensor and change what it holds.
-        if kept is not None and kept[0].data_ptr() == buffer.data_ptr() and kept[1] == buffer._version:
-            return kept[2]
-        if kept is not None and buffer.device.type == "cpu" and torch.equal(kept[2].ids, buffer):
-            partition = kept[2]  # written, and the same: a checkpoint, or the broadcast of a parallel wrapper
-        else:
-            partition = self._as_partition(name, buffer, self._counts[name])
-        self._built[name] = (buffer.detach(), buffer._version, partition)
-        return partition
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is built from buffers: a copy's buffers count their versions anew."""
-        return {**self.__dict__, "_built": {}}
 
     def _refused(self, name: str, value: object) -> SpecError:
         static = name in self._static
@@ -713,6 +691,45 @@ class Norm(nn.Module):
                 else f"one of: {', '.join(n for n in self._lookups if n not in self._static) or 'none'}",
             )
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._static.move(fn)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Static labels stand between parameters and buffers."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._static.write(destination, prefix)
+        for key in [prefix + name for name in self._buffers]:
+            if key in destination:
+                destination[key] = destination.pop(key)
+
+    # What a key of the state names is an attribute, for those who look for it there: `torch.func.functional_call`,
+    # `torch.distributed.checkpoint`, `from_pretrained`.
+
+    def __getattr__(self, name: str) -> Any:
+        static = self.__dict__.get("_static")
+        if static is not None and name in static.names:
+            return static[static.names[name]].ids
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        static = self.__dict__.get("_static")
+        if static is not None and name in static.names:
+            static.adopt(static.names[name], value)
+        else:
+            super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Pickles of earlier versions have the ids among the buffers."""
+        if isinstance(state.get("_static"), dict):
+            state = {**state, "_buffers": dict(state["_buffers"])}
+            state["_static"] = static = StaticLabels(state["_lookups"], state["_static"], torch.device("cpu"))
+            for key, name in static.names.items():
+                static.adopt(name, state["_buffers"].pop(key))
+            del state["_built"]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
 
     # --- what is given from around
 
@@ -868,7 +885,3 @@ def _overwrite(buffer: Any, value: Tensor) -> None:
 
         value = distribute_tensor(value, buffer.device_mesh, buffer.placements)
     buffer.copy_(value)
-
-
-def _buffer(label: str) -> str:
-    return f"{label}_ids"

@@ -539,7 +539,7 @@ class SensorNorm(Norm):
 
     Args:
         sensors: a list of the sensors' numbers of channels, side by side; or a tensor (C,) with the sensor of every
-            channel, or a `Partition`. It is the buffer `sensor_ids`, part of the state.
+            channel, or a `Partition`. The ids are part of the state, `sensor_ids`, and no buffer.
         eps: added to the variance, in the unit of x squared.
         affine: learn weight and bias, of shape (C,).
         device, dtype: of the parameters.

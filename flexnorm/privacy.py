@@ -3,7 +3,7 @@
     import flexnorm.privacy
 
 registers every `Norm` with Opacus, as it asks of those who own a layer. Without that, Opacus computes a layer again
-from its first argument alone, so that a mask is lost and gradients are wrong; and it refuses layers with buffers.
+from its first argument alone, so that a mask is lost and gradients are wrong.
 """
 
 # mypy: allow-untyped-decorators, allow-subclassing-any

@@ -323,6 +323,21 @@ def steps_of_ddp(rank, world, x, target, sizes, kind):
     return {name: t.detach() for name, t in model.module.state_dict().items()}
 
 
+def labels_under_fsdp(rank, world, x, state):
+    """A model is built on the meta device, and the first rank has its state."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        norm = Norm("n c -> n kind[c]", affine="c", c=6, kind=Partition.from_sizes([2, 4]))
+        model = nn.Sequential(nn.Linear(6, 6), norm)
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (world,)))
+    model.to_empty(device="cpu")
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, state if rank == 0 else {}, options=options)
+    return model(x).detach(), norm.labels["kind"].ids.tolist()
+
+
 def steps_of_fsdp(rank, world, x, target, sizes):
     from torch.distributed.fsdp import fully_shard
 

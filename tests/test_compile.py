@@ -317,7 +317,7 @@ def test_static_labels_are_read_at_every_call():
     ours, backend = compiled(lambda x: norm(x))
     x = randn(3, 4)
     before = ours(x)
-    norm.kind_ids.copy_(torch.tensor([0, 1, 0, 1]))
+    norm.load_state_dict({"kind_ids": torch.tensor([0, 1, 0, 1])})
     torch.testing.assert_close(ours(x), norm(x), **CLOSE)
     assert (ours(x) - before).abs().max() > 0.1
     assert backend.frame_count == 1
@@ -571,13 +571,17 @@ def test_errors_say_what_eager_ones_do(call, message):
         ours()
 
 
-def test_ids_of_a_static_label_are_checked_where_they_run():
-    norm = Norm("n c -> n kind[c]", kind=torch.tensor([0, 0, 1, 1]))
-    ours, _ = compiled(lambda x: norm(x))
-    ours(torch.randn(3, 4))
-    norm.kind_ids.fill_(7)
-    with pytest.raises(ValueError, match="ids are from 0 to count - 1 = 1"):
-        ours(torch.randn(3, 4))
+def test_ids_given_to_functional_call_are_checked_where_they_run():
+    norm = Norm("n c -> n kind[c]", kind=torch.tensor([0, 0, 1, 1])).double()
+    ours, backend = compiled(lambda x, ids: torch.func.functional_call(norm, {"kind_ids": ids}, (x,)))
+    x, other = randn(3, 4), torch.tensor([0, 1, 0, 1])
+    expected = Norm("n c -> n kind[c]", kind=other).double()(x)
+    torch.testing.assert_close(ours(x, other), expected, **CLOSE)
+    torch.testing.assert_close(ours(x, norm.kind_ids.clone()), norm(x), **CLOSE)
+    assert backend.frame_count == 1
+    assert norm.kind_ids.tolist() == [0, 0, 1, 1]
+    with pytest.raises(Exception, match=r"ids (are|must be) from 0 to count - 1"):
+        ours(x, torch.full((4,), 7))
 
 
 # --- a real compiler -------------------------------------------------------------------------------------------------

@@ -301,6 +301,15 @@ def test_under_fsdp2(two):
             torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-10)
 
 
+def test_static_labels_under_fsdp2(two):
+    x, norm = torch.randn(3, 6), Norm("n c -> n kind[c]", affine="c", c=6, kind=Partition.from_sizes([2, 4]))
+    nn.init.normal_(norm.weight)
+    model = nn.Sequential(nn.Linear(6, 6), norm)
+    for y, ids in two.run(on_ranks.labels_under_fsdp, x, model.state_dict()):
+        assert ids == [0, 0, 1, 1, 1, 1]
+        torch.testing.assert_close(y, model(x))
+
+
 def test_streams_over_ranks(two):
     x = torch.randn(5, 2, 7, dtype=torch.float64)
     leaf = x.clone().requires_grad_()

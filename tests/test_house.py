@@ -29,6 +29,7 @@ ORDER = [
     "complexes",
     "functional",
     "context",
+    "static_labels",
     "norm",
     "__init__",
     "images",

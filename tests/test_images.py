@@ -267,11 +267,11 @@ def test_invariant_to_gain_and_offset_of_every_group():
     torch.testing.assert_close(y, norm(x), rtol=1e-8, atol=1e-8)
 
 
-def test_learned_groups_are_written_into_the_buffer():
+def test_learned_groups_are_loaded():
     norm, x = ChannelGroupNorm(2, 4, groups=[2, 2]), torch.randn(2, 4, 5)
     learned = torch.tensor([0, 1, 0, 1])
     norm(x)
-    norm.group_ids.copy_(learned)
+    norm.load_state_dict({"group_ids": learned}, strict=False)
     expected = ChannelGroupNorm(2, 4, groups=learned)(x)
     assert torch.equal(norm(x), expected)
     for other in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
