@@ -285,13 +285,13 @@ def run(
         if moments is None and (apart or cumulative):
             moments = own_moments(formula, x, mask, labels)
             moments = moments.cumulative() if cumulative else moments
-        found = _bound(formula, x, mask, params, moments, labels, tracked)
+        found = bound(formula, x, mask, params, moments, labels, tracked)
         if found is not None:
             return found
     return _routed(formula, x, mask, params, moments, labels, tracked, apart, cumulative, ranks)
 
 
-def _bound(
+def bound(
     formula: Formula,
     x: Tensor,
     mask: Tensor | None,
@@ -326,14 +326,16 @@ def _bound(
             y = _KERNELS.evaluate(pattern, x, mask, weight, bias, groups)
             return None if y is None else (y, None)
         how = Bound(pattern, groups, formula, labels)
-        kept: list[Any] | None = [] if tracked else None
+        if differentiated and not tracked:
+            return normalized(how, None, x, mask, weight, bias), None  # type: ignore[no-untyped-call]
+        kept: list[Any] = []
         if differentiated:
-            y = normalized((how, kept), x, mask, weight, bias)  # type: ignore[no-untyped-call]
+            y = normalized(how, kept, x, mask, weight, bias)  # type: ignore[no-untyped-call]
         else:
             y, *kept = how.forward(x, mask, weight, bias)
+        return y, how.moments(x, tuple(kept))
     except (AttributeError, Closer):  # what is no tensor has no gradient
         return None
-    return y, how.moments(x, tuple(kept)) if tracked and kept is not None else None
 
 
 def _bound_to(
@@ -412,7 +414,7 @@ def _routed(
         return Apply.apply((how, statistics_behind(how, operands, external)), *operands, *fields), moments  # type: ignore[no-untyped-call]
     if differentiated and not transformed:
         kept: list[Any] | None = [] if tracked else None
-        y = Normalize.apply((how, kept), *operands)  # type: ignore[no-untyped-call]
+        y = Normalize.apply(how, kept, *operands)  # type: ignore[no-untyped-call]
         return y, None if kept is None else how.moments(x, tuple(kept))
     if not tracked:
         return how.room.evaluate(recipe, operands), None

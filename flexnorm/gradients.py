@@ -21,6 +21,9 @@ from .statistics import Moments, each
 from .watching import unwatched
 
 
+_KERNELS: Any = library()  # a text where there is none; then no formula has a pattern
+
+
 class Closer(Exception):  # noqa: N818  # no error: Python has to look closer at the arguments
     """The library has given no answer."""
 
@@ -39,7 +42,9 @@ class Bound(NamedTuple):
 
     def forward(self, x: Tensor, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> tuple[Any, ...]:
         """y, moments side by side, and the count, if sets differ in it."""
-        found: tuple[Any, ...] = _answer(library().forward(self.pattern, x, mask, weight, bias, self.groups))
+        found: tuple[Any, ...] | None = _KERNELS.forward(self.pattern, x, mask, weight, bias, self.groups)
+        if found is None:
+            raise Closer
         return found
 
     def moments(self, x: Tensor, kept: Kept) -> Moments:
@@ -53,32 +58,36 @@ class Bound(NamedTuple):
         return torch.stack([m.mean, low, m.m2]).contiguous(), m.count  # stacked, channels-last tensors still are
 
     def backward(self, operands: Operands, kept: Kept, dy: Tensor, of_mask: bool) -> Gradients:
-        given = (self.pattern, *operands, self.groups, dy, *kept, of_mask)
-        return Gradients(*_answer(library().backward(*given)))
+        found: tuple[Any, ...] | None = _KERNELS.backward(
+            self.pattern, *operands, self.groups, dy, *kept, of_mask
+        )
+        if found is None:
+            raise Closer
+        return found  # type: ignore[return-value]  # the same four, and a tuple more takes its time
 
     def statistics(self, x: Tensor, mask: Tensor | None) -> Moments:
-        return Moments(*_answer(library().statistics(self.pattern, x, mask, None, None, self.groups)))
+        return Moments(*_answer(_KERNELS.statistics(self.pattern, x, mask, None, None, self.groups)))
 
     def apply(self, operands: Operands, m: Moments) -> Tensor:
-        y: Tensor = _answer(library().apply(self.pattern, *operands, self.groups, m.count, m.mean, m.m2, m.low))
+        y: Tensor = _answer(_KERNELS.apply(self.pattern, *operands, self.groups, m.count, m.mean, m.m2, m.low))
         return y
 
     def backward_sums(self, operands: Operands, m: Moments, dy: Tensor) -> Sums:
         given = (self.pattern, *operands, self.groups, m.count, m.mean, m.m2, m.low, dy)
-        return Sums(*_answer(library().backward_sums(*given)))
+        return Sums(*_answer(_KERNELS.backward_sums(*given)))
 
     def backward_dx(
         self, operands: Operands, m: Moments, dy: Tensor | None, sums: Sums | None
     ) -> tuple[Tensor, Tensor | None]:
         both = (None, None) if sums is None else sums[:2]
         given = (self.pattern, *operands, self.groups, m.count, m.mean, m.m2, m.low, dy, *both)
-        return cast("tuple[Tensor, Tensor | None]", _answer(library().backward_dx(*given)))
+        return cast("tuple[Tensor, Tensor | None]", _answer(_KERNELS.backward_dx(*given)))
 
     def same_sets(self, other: Any, x: Tensor) -> bool:
         """Whether these are the sets of the other call with the same x."""
         if not isinstance(other, Bound):
             return False
-        a, b, read = self.formula.spec, other.formula.spec, library().sizes
+        a, b, read = self.formula.spec, other.formula.spec, _KERNELS.sizes
         if a.x != b.x or a.sets != b.sets or read(self.pattern, x) != read(other.pattern, x):
             return False
         return all(self.labels.get(each.label) is other.labels.get(each.label) for each in a.sets.lookups())
@@ -190,49 +199,43 @@ def derived(tensors: Iterable[Tensor | None]) -> bool:
     )
 
 
-def _again(how: How, operands: Operands, dy: Tensor | None) -> How:
-    """How backward computes: by the composition where it will be differentiated again, or where somebody watches."""
-    if torch.is_grad_enabled() or not (unwatched(operands.x) if dy is None else unwatched(dy) and not dy.is_neg()):
-        return how.composed(operands)
-    return how
-
-
 class Normalize(torch.autograd.Function):
     """Saves x, the user's own operands and what is kept of the sets; nothing else of x's size."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        how: tuple[How, list[Any] | None],  # one argument, as each takes a third of a microsecond
-        *operands: Tensor | None,
+        how: How,
+        kept: list[Any] | None,  # takes what `how.moments` is made of
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
     ) -> Tensor:
-        found = how[0].forward(*operands)  # type: ignore[arg-type]
-        ctx.how = how[0]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*operands, *found[1:])
-        if how[1] is not None:
-            how[1].extend(found[1:])
+        found = how.forward(x, mask, weight, bias)
+        ctx.how = how
+        ctx.save_for_backward(x, mask, weight, bias, *found[1:])
+        if kept is not None:
+            kept.extend(found[1:])
         y: Tensor = found[0]
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 5
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        how, needs = ctx.how, ctx.needs_input_grad
         saved = ctx.saved_tensors  # asked for once: checkpointing unpacks each time
         operands, kept = Operands(*saved[:4]), saved[4:]
-        how = _again(ctx.how, operands, dy)
-        needs = ctx.needs_input_grad
-        if how is not ctx.how:  # differentiated again: of moments that depend on x
-            return (None, *how.backward(operands, how.forward(*operands)[1:], dy, needs[2]))
-        if needs[1] or needs[2]:
+        if torch.is_grad_enabled() or not unwatched(dy):  # differentiated again: of moments that depend on x
+            how = how.composed(operands)
+            return (None, None, *how.backward(operands, how.forward(*operands)[1:], dy, needs[3]))
+        if needs[2] or needs[3]:
             try:
-                return (None, *how.backward(operands, kept, dy, needs[2]))
+                return (None, None, *how.backward(operands, kept, dy, needs[3]))
             except Closer:
                 how = how.composed(operands)
-                return (None, *how.backward(operands, how.forward(*operands)[1:], dy, needs[2]))
+                return (None, None, *how.backward(operands, how.forward(*operands)[1:], dy, needs[3]))
         sums = how.backward_sums(operands, how.moments(operands.x, kept), dy)
-        return (None, None, None, sums.weight, sums.bias)
+        return (None, None, None, None, sums.weight, sums.bias)
 
 
 class OfWhole(torch.autograd.Function):

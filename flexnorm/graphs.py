@@ -159,8 +159,8 @@ class _OfGraphs(Norm):
 
     def _apply_norm(self, x: Tensor, graphs: Partition, own: Moments | None = None) -> Tensor:
         # Not Norm.forward, which would look for given labels a second time.
-        if own is None and self._direct:
-            return self._directly(x, None, {"batch": graphs})
+        if self._direct:
+            return self._directly(x, None, {"batch": graphs}, own)
         return self._normalize(x, None, None, None, own, {"batch": graphs})[0]
 
 
@@ -361,7 +361,7 @@ class FeatureGroupNorm(_OfGraphs):
             groups = self._graphs(x, batch, batch_size, also="groups")
         else:
             self._check_recomputation(False)
-        return self._normalize(x, None, None, None, None, {"groups": groups})[0]
+        return self._directly(x, None, {"groups": groups})
 
 
 # --- PyG's own -------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from .arguments import Formula, Label, Options, Param, as_partition, check_eps, 
 from .axes import solve
 from .context import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
-from .functional import ALONE, own_moments, run
+from .functional import ALONE, bound, own_moments, run
 from .library import library
 from .partition import Partition, readable, whole
 from .ranks import Ranks, Sharding, is_dtensor
@@ -151,8 +151,7 @@ class Norm(nn.Module):
             per_set = self._counts_per_set and momentum is None and any(True for _ in self._spec.sets.lookups())
             self.num_batches_tracked = torch.empty(shape if per_set else (), device=device, dtype=torch.int64)
         plain = type(self)._normalize is Norm._normalize and type(self)._run is Norm._run
-        special = track_running_stats or cumulative is not None or sharded is not None or conditional is not None
-        self._direct = plain and not special
+        self._direct = plain and cumulative is None and sharded is None and conditional is None
         self.reset_parameters()
 
     _version = 2  # as torch's batch norms count: `num_batches_tracked` came with the second
@@ -240,8 +239,8 @@ class Norm(nn.Module):
         """
         dynamic: dict[str, Label] = names if labels is None else self._both(names, labels)
         if not (something_given() or self._was_given):
-            if self._direct and weight is None and bias is None and moments is None and not return_moments:
-                return self._directly(x, mask, dynamic)
+            if self._direct and weight is None and bias is None and not return_moments:
+                return self._directly(x, mask, dynamic, moments)
             y, used = self._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
             return (y, used) if return_moments else y
         around = given_here()
@@ -265,19 +264,37 @@ class Norm(nn.Module):
 
     _direct = False  # whether a usual call needs nothing but the formula, its parameters and labels
 
-    def _directly(self, x: Tensor, mask: Tensor | None, dynamic: Mapping[str, Any]) -> Tensor:
-        """The result of a usual call: no running statistics, no ranks, nothing given but a mask and labels."""
-        mask = self._fit(x, mask)
-        own = self.__dict__
-        if mask is not None:
-            own["_masked"] = True
-        formula = own["_formula"]
-        if own["eps"] != formula.options.eps:
-            formula = self._with_own_eps()
-        partitions = self.labels if self._static else {}
-        if dynamic:
-            self._read(dynamic, partitions)
-        return run(formula, x, mask, self._params(None, None), None, partitions)[0]
+    def _directly(
+        self, x: Tensor, mask: Tensor | None, dynamic: Mapping[str, Any], moments: Moments | None = None
+    ) -> Tensor:
+        """The result of a usual call, which the library computes: no ranks, and nothing given but a mask and labels."""
+        found, own = None, self.__dict__
+        if unwatched(x):
+            formula, params, tracked = own["_formula"], own["_parameters"], False
+            if own["eps"] != formula.options.eps:
+                formula = self._with_own_eps()
+            if moments is None and own["_buffers"]["running_mean"] is not None:
+                if self.training:
+                    tracked = self.track_running_stats
+                else:
+                    moments = self._running()
+            if mask is not None:
+                mask = self._fit(x, mask)
+                own["_masked"] = True
+            partitions = own["_static"].beside(x) if own["_static"].held else {}
+            if dynamic:
+                self._read(dynamic, partitions)
+            if formula.affines and "weight" in params and "bias" in params:
+                found = bound(formula, x, mask, ((params["weight"], params["bias"]),), moments, partitions, tracked)
+            elif not formula.affines:
+                found = bound(formula, x, mask, (), moments, partitions, tracked)
+        if found is None:
+            return self._normalize(x, mask, None, None, moments, dynamic)[0]
+        y, used = found
+        if tracked:
+            assert used is not None
+            self._track(used)
+        return y
 
     def _with_own_eps(self) -> Formula:
         """The formula, where somebody has set `eps` anew."""

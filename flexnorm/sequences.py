@@ -329,10 +329,19 @@ class _OfSequences(Norm, nn.GroupNorm):
         segments = _segments(cu_seqlens, x.shape[0], x.device)
         return self._of_rows(x, segments, as_mask(mask, None, key_padding_mask, batch=(), time=x.shape[0]))
 
-    def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """As in `Norm`; a mask from around has not been looked at before."""
+    def _directly(
+        self, x: Tensor, mask: Tensor | None, dynamic: Mapping[str, Any], moments: Moments | None = None
+    ) -> Tensor:
+        self._check_values(x, mask)
+        return super()._directly(x, mask, dynamic, moments)
+
+    def _check_values(self, x: Tensor, mask: Tensor | None) -> None:
         if mask is None and x.numel() == self.num_groups:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+
+    def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """As in `Norm`; a mask from around has not been looked at before."""
+        self._check_values(x, mask)
         return None if mask is None else as_mask(mask, **self._place(x))
 
     def _place(self, x: Tensor) -> dict[str, Any]:
