@@ -200,6 +200,11 @@ class Formula:
         self._recipes: dict[Any, Recipe] = {}
 
     @cached_property
+    def told(self) -> frozenset[str]:
+        """The axes of which `sizes` say how long they are."""
+        return frozenset(solve(self.spec, dict(self.sizes)))
+
+    @cached_property
     def of_moments(self) -> Formula:
         """The formula that says of the same sets what their moments are, whatever is made of them."""
         if self.options == Options() and not self.affines:
@@ -261,6 +266,7 @@ class Formula:
             scale=self.options.scale,
             eps=self.options.eps,
             activation=self.options.activation,
+            told=frozenset(place for place, name in enumerate(axes.names) if name in self.told),
         )
         return recipe, Operands(x, mask, weight, bias)
 

@@ -28,6 +28,7 @@ class Recipe:
     scale: bool = True
     eps: float = 1e-5
     activation: str | None = None
+    told: frozenset[int] = frozenset()  # axes whose sizes were told before any tensor came
     programs: dict[Any, Any] = field(default_factory=dict, repr=False)  # what rooms keep of it
     _forms: dict[tuple[int, ...], Form] = field(default_factory=dict, repr=False)
 
@@ -37,7 +38,8 @@ class Recipe:
         if form is None:
             sizes = self.sets.axes.sizes
             y = torch.empty_like(x, device="meta")
-            form = canonical(x.view(sizes).stride(), y.view(sizes).stride(), self.sets, self.mask, self.params)
+            strides = x.view(sizes).stride(), y.view(sizes).stride()
+            form = canonical(*strides, self.sets, self.mask, self.params, self.told)
             self._forms[x.stride()] = form
         return form
 

@@ -188,7 +188,8 @@ def _form(recipe: Recipe, x: Tensor, owners: Owners) -> Form:
         y = torch.empty_like(x, device="meta")
         owner = recipe.params if owners == "params" else recipe.mask
         assert owner is not None
-        kept[key] = canonical(x.view(sizes).stride(), y.view(sizes).stride(), owner, recipe.mask, recipe.sets)
+        strides = x.view(sizes).stride(), y.view(sizes).stride()
+        kept[key] = canonical(*strides, owner, recipe.mask, recipe.sets, recipe.told)
     return kept[key]
 
 
