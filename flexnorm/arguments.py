@@ -201,6 +201,11 @@ class Formula:
         self._stages: dict[int, _Stages] = {}
 
     @cached_property
+    def told(self) -> frozenset[str]:
+        """The axes of which `sizes` say how long they are."""
+        return frozenset(solve(self.spec, dict(self.sizes)))
+
+    @cached_property
     def of_moments(self) -> Formula:
         """The formula that says of the same sets what their moments are, whatever is made of them."""
         if self.options == Options() and not self.affines:
@@ -262,6 +267,7 @@ class Formula:
             scale=self.options.scale,
             eps=self.options.eps,
             activation=self.options.activation,
+            told=frozenset(place for place, name in enumerate(axes.names) if name in self.told),
         )
         if not axes.symbolic and x.device.type == "cpu" and not torch.compiler.is_compiling():
             groups = self.packed(labels)

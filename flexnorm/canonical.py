@@ -24,10 +24,18 @@ import torch
 from torch import Tensor
 
 from .partition import Partition
-from .sets import Sets, strides_of
+from .sets import Sets, sets_of, strides_of
 from .spec import Lookup
 
 Kind = Literal["one", "each", "table"]
+
+# A cut decides in which order a set is summed. So it may not read what does not belong to a set (design: a set has one
+# order of summation): what such an axis counts as, whatever its size.
+SAMPLES = 16  # along the first axis, where it is kept and nobody told its size
+KEPT = 64  # along any other kept axis whose size nobody told
+MEMBERS = 256  # along a pooled axis that a mask covers, or that a label reads together with others
+LABELLED = SAMPLES * MEMBERS  # along one that a label reads alone: so many members of so many sets
+GROUPS = 16  # values of a label
 
 # Work per element, in units of one vectorized pass over it. They only rank cuts, so their ratios matter.
 ROW = 10.0  # to begin a row
@@ -139,13 +147,19 @@ class Form:
 
 
 def canonical(
-    x: tuple[int, ...], y: tuple[int, ...], sets: Sets, mask: Sets | None = None, params: Sets | None = None
+    x: tuple[int, ...],
+    y: tuple[int, ...],
+    sets: Sets,
+    mask: Sets | None = None,
+    params: Sets | None = None,
+    told: Iterable[int] = (),
 ) -> Form:
     """The form of a tensor with these strides in the elementary view; y are those of the result, without gaps.
 
     Sets are numbered as in the internal shape; mask and parameters are contiguous as their expressions write them.
+    `told` are the places of axes whose sizes were told before any tensor came, and will be the same at the next.
     """
-    return _Cutter(x, y, sets, mask, params).best()
+    return _Cutter(x, y, sets, mask, params, told).best()
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,19 +187,53 @@ class _Operand:
 
 
 class _Cutter:
-    """Tries every place between rows and columns, and makes the form of the best."""
+    """Tries every place between rows and columns, and makes the form of the best.
+
+    A pattern that has a mask is cut as if it were given: then what is all valid is summed as what has no mask.
+    """
 
     def __init__(
-        self, x: tuple[int, ...], y: tuple[int, ...], sets: Sets, mask: Sets | None, params: Sets | None
+        self,
+        x: tuple[int, ...],
+        y: tuple[int, ...],
+        sets: Sets,
+        mask: Sets | None,
+        params: Sets | None,
+        told: Iterable[int],
     ) -> None:
-        self.source = sets
+        self.source, self.masked = sets, mask is not None
+        if mask is None and sets.axes.spec.mask is not None:
+            mask = sets_of(sets.axes, sets.axes.spec.mask)
         self.sets = _Operand(sets, sets.internal_steps)
         self.mask, self.params = (None if s is None else _Operand(s, s.written_steps) for s in (mask, params))
         self.sizes = sets.axes.sizes
+        self.counts = list(self.sizes)
+        self.unknown: set[int] = set()  # kept axes whose sizes nobody told
+        self.count_unknown(frozenset(told))
         read = {axis for operand in self.operands for label in operand.labels for axis in label.axes}
-        self.order = [a for a in memory_order(self.sizes, y) if self.sizes[a] != 1 or a in read]
+        self.order = [a for a in memory_order(self.sizes, y) if self.counts[a] != 1 or a in read]
+        while self.order and self.lies_anywhere(self.order[-1], read):
+            self.order.pop()
         self.copied = not _dense_inside(self.sizes, x, self.order)
         self.x, self.y = (y if self.copied else x), y
+
+    def count_unknown(self, told: frozenset[int]) -> None:
+        """What axes count as, of which a cut may know no more than the layout of one set."""
+        for axis, name in enumerate(self.source.axes.names):
+            if axis in told or name.isdigit():
+                continue
+            labels = [label for label in self.sets.labels if axis in label.axes]
+            if self.sets.steps[axis]:
+                self.counts[axis] = KEPT if axis else SAMPLES
+                self.unknown.add(axis)
+            elif labels:
+                self.counts[axis] = LABELLED if all(len(label.axes) == 1 for label in labels) else MEMBERS
+            elif self.mask is not None and self.mask.steps[axis]:
+                self.counts[axis] = MEMBERS
+
+    def lies_anywhere(self, axis: int, read: set[int]) -> bool:
+        """Whether an innermost axis is a kept one of size 1, of which strides say nothing."""
+        return self.sizes[axis] == 1 and bool(self.sets.steps[axis]) and axis not in read
 
     @property
     def operands(self) -> list[_Operand]:
@@ -206,28 +254,38 @@ class _Cutter:
     def size(self, axes: Iterable[int]) -> int:
         return math.prod(self.sizes[axis] for axis in axes)
 
+    def count(self, axes: Iterable[int]) -> int:
+        return math.prod(self.counts[axis] for axis in axes)
+
     def cost(self, place: int) -> float:
-        """Work per element, beside the passes over x that all cuts share."""
+        """Work per element, beside the passes over x that all cuts share. It reads counts, and no size."""
         rows, columns = self.order[:place], self.order[place:]
-        width, total = self.size(columns), max(1, self.size(self.order))
+        width, total = self.count(columns), max(1, self.count(self.order))
         work = ROW / max(1, width)
-        consumed, groups = self.consumed(rows, columns)
-        pooled = [axis for axis in rows if axis not in consumed and not self.sets.steps[axis]]
-        share = self.size(pooled) * max(1, self.size(consumed) // max(1, groups))  # rows of a range
+        side_by_side = self.count(axis for axis in columns if axis not in self.unknown)
+        share = self.share(rows, columns)
         run = self.run(self.sets, columns)
         if run < min(LONG, width) and share < MANY:
             work += SHORT_RUN
         for operand in self.operands:
             kind = self.kind(operand, columns)
-            work += ENTRY * 0.1 * (kind != "one" and width > WIDE)
+            work += ENTRY * 0.1 * (kind != "one" and side_by_side > WIDE and operand is not self.mask)
             if kind == "table":
                 blocks = self.blocks(operand, rows, columns)
                 labelled = any(set(label.axes) & set(columns) for label in operand.labels)
-                work += (LABEL if labelled else ENTRY) * self.size(blocks) * width / total + len(blocks)
+                work += (LABEL if labelled else ENTRY) * self.count(blocks) * width / total + len(blocks)
                 own = self.run(operand, columns)
                 in_runs = own >= LONG and operand is not self.mask
                 work += RUN / own if in_runs else ENTRY * max(0.1, 1 / max(1, share))
         return work
+
+    def share(self, rows: Sequence[int], columns: Sequence[int]) -> int:
+        """Rows of a range."""
+        consumed = self.consumed(rows, columns)
+        labels = [label for label in self.sets.labels if not set(label.axes) & set(columns)]
+        groups = self.count(axis for axis in consumed if self.sets.steps[axis]) * GROUPS ** len(labels)
+        pooled = [axis for axis in rows if axis not in consumed and not self.sets.steps[axis]]
+        return self.count(pooled) * max(1, self.count(consumed) // max(1, groups))
 
     def run(self, operand: _Operand, columns: Sequence[int]) -> int:
         """Columns that follow one another and for which the operand is one."""
@@ -235,12 +293,12 @@ class _Cutter:
         for axis in reversed(columns):
             if operand.steps[axis] or any(axis in label.axes for label in operand.labels):
                 break
-            run *= self.sizes[axis]
+            run *= self.counts[axis]
         return run
 
     def form(self, place: int) -> Form:
         rows, columns = self.order[:place], self.order[place:]
-        consumed, _ = self.consumed(rows, columns)
+        consumed = self.consumed(rows, columns)
         set_blocks, param_blocks = (
             [] if operand is None else self.blocks(operand, rows, columns) for operand in (self.sets, self.params)
         )
@@ -249,7 +307,7 @@ class _Cutter:
             "x": self.x,
             "y": self.y,
             "set": self.sets.steps,
-            "mask": None if self.mask is None else self.mask.steps,
+            "mask": self.mask.steps if self.mask is not None and self.masked else None,
             "param": None if self.params is None else self.params.steps,
             "set_block": self.steps_in(set_blocks),
             "param_block": self.steps_in(param_blocks),
@@ -285,12 +343,10 @@ class _Cutter:
 
     # --- rows
 
-    def consumed(self, rows: Sequence[int], columns: Sequence[int]) -> tuple[list[int], int]:
-        """The axes of rows that are visited by the groups of labels, which read rows alone; and how many groups."""
+    def consumed(self, rows: Sequence[int], columns: Sequence[int]) -> list[int]:
+        """The axes of rows that are visited by the groups of labels, which read rows alone."""
         labels = [label for label in self.sets.labels if not set(label.axes) & set(columns)]
-        axes = [axis for axis in rows if any(axis in label.axes for label in labels)]
-        kept = self.size(axis for axis in axes if self.sets.steps[axis])
-        return axes, kept * math.prod(label.count for label in labels)
+        return [axis for axis in rows if any(axis in label.axes for label in labels)]
 
     def segments(self, consumed: list[int], columns: list[int], dims: Mapping[int, Dim]) -> Segments:
         axes = sorted(consumed)
@@ -341,7 +397,7 @@ class _Cutter:
     def kind(self, operand: _Operand, columns: Sequence[int]) -> Kind:
         if any(set(label.axes) & set(columns) for label in operand.labels):
             return "table"
-        real = [axis for axis in columns if self.sizes[axis] != 1]
+        real = [axis for axis in columns if self.counts[axis] != 1]
         steps = [operand.steps[axis] for axis in real]
         if not any(steps):
             return "one"
@@ -349,7 +405,7 @@ class _Cutter:
 
     def column(self, operand: _Operand, columns: list[int], blocks: list[int]) -> Column:
         kind = self.kind(operand, columns)
-        if kind != "table":
+        if kind != "table" or (operand is self.mask and not self.masked):
             return Column(kind)
         table, _, _ = self.table(operand, columns, blocks, compact=False)
         return Column(kind, table)

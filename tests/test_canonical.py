@@ -11,7 +11,7 @@ import torch
 
 from flexnorm import Partition
 from flexnorm.arguments import Formula, Options
-from flexnorm.axes import bind
+from flexnorm.axes import bind, solve
 from flexnorm.canonical import Column, Dim, Form, Segments, canonical
 from flexnorm.library import library
 from flexnorm.sets import sets_of
@@ -40,7 +40,9 @@ def form_of(pattern, x, *, sizes=None, labels=None, affine=None, mask=None):
         sets_of(axes, spec.read(affine, "affine"), labels or {}) if affine else None,
     ]
     strides = x.view(axes.sizes).stride(), torch.empty_like(x).view(axes.sizes).stride()
-    return canonical(*strides, *operands), operands
+    known = solve(spec, sizes or {})
+    told = [place for place, name in enumerate(axes.names) if name in known]
+    return canonical(*strides, *operands, told), operands
 
 
 def bound_form(pattern, x, *, sizes=None, labels=None, affine=None, mask=None):

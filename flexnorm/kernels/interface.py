@@ -28,6 +28,7 @@ class Recipe:
     scale: bool = True
     eps: float = 1e-5
     activation: str | None = None
+    told: frozenset[int] = frozenset()  # axes whose sizes were told before any tensor came
     pattern: bytes | None = None  # the same for the C++ binder; None: it has no part in this
     groups: tuple[Packed, ...] = ()  # the labels that the pattern reads
 

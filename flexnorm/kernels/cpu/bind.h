@@ -113,9 +113,11 @@ class Binder {
         return all;
     }
 
-    // Chooses the place between rows and columns.
+    // Chooses the place between rows and columns. A pattern that has a mask is cut as if it were given: then what is all
+    // valid is summed as what has no mask.
     void choose() {
         steps(OF_SETS), steps(OF_MASK), steps(OF_PARAMS);
+        count_unknown();
         memory_order();
         copied = !dense_inside();
         if (copied) std::copy(ys, ys + p.rank, xs);
@@ -212,6 +214,8 @@ class Binder {
     const Numbers& v;
     Tables& t;
     Steps op[OPERANDS];
+    int64_t counts[MOST];  // what an axis counts as, where the cut is chosen
+    bool unknown[MOST] = {};  // a kept axis whose size nobody told
     int64_t label_steps_of_rows[MOST] = {};
 
     int64_t term_size(int term) const { return term >= 0 ? size[term] : v.label[~term].count; }
@@ -254,20 +258,46 @@ class Binder {
         return true;
     }
 
-    // Axes from the outermost in memory to the innermost, as torch.empty_like keeps them. An axis of size 1 is left out,
-    // unless a label reads it.
+    // A cut decides in which order a set is summed. So it may not read what does not belong to a set: what such an axis
+    // counts as, whatever its size.
+    void count_unknown() {
+        constexpr int64_t SAMPLES = 16;                  // the first axis, where it is kept and nobody told its size
+        constexpr int64_t KEPT = 64;                     // any other kept axis whose size nobody told
+        constexpr int64_t MEMBERS = 256;                 // a pooled axis that a mask covers, or that a label reads with others
+        constexpr int64_t LABELLED = SAMPLES * MEMBERS;  // one that a label reads alone: so many members of so many sets
+        for (int a = 0; a < p.rank; ++a) {
+            counts[a] = size[a];
+            if (p.told[a] >= 0) continue;
+            bool labelled = false, alone = true;
+            for (int l = 0; l < p.labels; ++l)
+                if (op[OF_SETS].reads[l] && reads(l, a)) labelled = true, alone = alone && p.label_rank[l] == 1;
+            if (op[OF_SETS].step[a]) counts[a] = a ? KEPT : SAMPLES, unknown[a] = true;
+            else if (labelled) counts[a] = alone ? LABELLED : MEMBERS;
+            else if (op[OF_MASK].step[a]) counts[a] = MEMBERS;
+        }
+    }
+    int64_t counted(const int* axes, int k) const {
+        int64_t all = 1;
+        for (int i = 0; i < k; ++i) all *= counts[axes[i]];
+        return all;
+    }
+
+    // Axes from the outermost in memory to the innermost, as torch.empty_like keeps them. An axis that counts as 1 is left
+    // out, unless a label reads it; and so is an innermost kept one of size 1, of which strides say nothing.
     void memory_order() {
         bool expanded = false;  // copies of those are contiguous
         for (int a = 0; a < p.rank; ++a) expanded = expanded || (ys[a] == 0 && size[a] > 1);
         int all[MOST];
         for (int a = 0; a < p.rank; ++a) all[a] = a;
         if (!expanded) std::stable_sort(all, all + p.rank, [&](int a, int b) { return ys[a] > ys[b]; });
-        for (int i = 0; i < p.rank; ++i) {
-            bool keep = size[all[i]] != 1;
-            for (int l = 0; !keep && l < p.labels; ++l)
-                keep = reads(l, all[i]) && (op[OF_SETS].reads[l] || op[OF_PARAMS].reads[l]);
-            if (keep) order[n++] = all[i];
-        }
+        for (int i = 0; i < p.rank; ++i)
+            if (counts[all[i]] != 1 || is_read(all[i])) order[n++] = all[i];
+        while (n && size[order[n - 1]] == 1 && op[OF_SETS].step[order[n - 1]] && !is_read(order[n - 1])) --n;
+    }
+    bool is_read(int axis) const {
+        for (int l = 0; l < p.labels; ++l)
+            if (reads(l, axis) && (op[OF_SETS].reads[l] || op[OF_PARAMS].reads[l])) return true;
+        return false;
     }
 
     bool dense_inside() const {
@@ -290,7 +320,7 @@ class Binder {
         int64_t expected = 1;
         for (int i = n - 1; i >= place; --i) {
             int a = order[i];
-            if (size[a] == 1) continue;
+            if (counts[a] == 1) continue;
             any = any || o.step[a] != 0, straight = straight && o.step[a] == expected;
             expected *= size[a];
         }
@@ -305,7 +335,7 @@ class Binder {
             bool labelled = false;
             for (int l = 0; l < p.labels; ++l) labelled = labelled || (o.reads[l] && reads(l, order[i]));
             if (o.step[order[i]] || labelled) break;
-            all *= size[order[i]];
+            all *= counts[order[i]];
         }
         return all;
     }
@@ -334,7 +364,8 @@ class Binder {
         return k;
     }
 
-    // Work per element beside the passes over x that all cuts share, in units of one vectorized pass. It only ranks cuts.
+    // Work per element beside the passes over x that all cuts share, in units of one vectorized pass. It reads counts, and
+    // no size. It only ranks cuts.
     double cost(int place) const {
         constexpr double ROW = 10;         // to begin a row
         constexpr double SHORT_RUN = 1.5;  // to sum runs of columns too short for a vector, where few rows share them
@@ -344,29 +375,32 @@ class Binder {
         constexpr int64_t LONG = 16;       // columns that fill a vector
         constexpr int64_t WIDE = 4096;     // columns whose sums leave the first cache
         constexpr int64_t MANY = 4;        // rows that pay for a sum per column
-        int64_t width = product(order + place, n - place), total = std::max<int64_t>(1, product(order, n));
+        constexpr int64_t GROUPS = 16;     // values of a label
+        const int64_t width = counted(order + place, n - place), total = std::max<int64_t>(1, counted(order, n));
         double work = ROW / double(std::max<int64_t>(1, width));
         int eaten[MOST];
         const int e = consumed(place, eaten);
-        int64_t groups = 1, pooled = 1;
+        int64_t groups = 1, pooled = 1, side_by_side = 1;
         for (int i = 0; i < e; ++i)
-            if (op[OF_SETS].step[eaten[i]]) groups *= size[eaten[i]];
+            if (op[OF_SETS].step[eaten[i]]) groups *= counts[eaten[i]];
         for (int l = 0; l < p.labels; ++l)
-            if (op[OF_SETS].reads[l] && !reads_columns(l, place)) groups *= v.label[l].count;
+            if (op[OF_SETS].reads[l] && !reads_columns(l, place)) groups *= GROUPS;
         for (int i = 0; i < place; ++i)
-            if (!op[OF_SETS].step[order[i]] && !among(order[i], eaten, e)) pooled *= size[order[i]];
-        const int64_t share = pooled * std::max<int64_t>(1, product(eaten, e) / std::max<int64_t>(1, groups));
+            if (!op[OF_SETS].step[order[i]] && !among(order[i], eaten, e)) pooled *= counts[order[i]];
+        for (int i = place; i < n; ++i)
+            if (!unknown[order[i]]) side_by_side *= counts[order[i]];
+        const int64_t share = pooled * std::max<int64_t>(1, counted(eaten, e) / std::max<int64_t>(1, groups));
         if (run(OF_SETS, place) < std::min(LONG, width) && share < MANY) work += SHORT_RUN;
         for (int o = 0; o < OPERANDS; ++o) {
             if (!p.present[o]) continue;
             Kind what = kind(o, place);
-            if (what != ONE && width > WIDE) work += ENTRY * .1;
+            if (what != ONE && side_by_side > WIDE && o != OF_MASK) work += ENTRY * .1;
             if (what != TABLE) continue;
             int block[MOST];
             const int many = blocks(o, place, block);
             bool labelled = false;
             for (int l = 0; l < p.labels; ++l) labelled = labelled || (op[o].reads[l] && reads_columns(l, place));
-            work += (labelled ? LABEL : ENTRY) * double(product(block, many)) * double(width) / double(total) + many;
+            work += (labelled ? LABEL : ENTRY) * double(counted(block, many)) * double(width) / double(total) + many;
             const int64_t own = run(o, place);
             work += own >= LONG && o != OF_MASK ? RUN / double(own)
                                                 : ENTRY * std::max(.1, 1 / double(std::max<int64_t>(1, share)));

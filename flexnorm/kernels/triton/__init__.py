@@ -187,7 +187,8 @@ def form(recipe: Recipe, x: Tensor, owners: Owners = "sets") -> Form:
         owner = {"sets": recipe.sets, "params": recipe.params, "mask": recipe.mask}[owners]
         assert owner is not None
         params = recipe.params if owners == "sets" else recipe.sets
-        found = canonical(x.view(sizes).stride(), y.view(sizes).stride(), owner, recipe.mask, params)
+        strides = x.view(sizes).stride(), y.view(sizes).stride()
+        found = canonical(*strides, owner, recipe.mask, params, recipe.told)
         kept[owners] = (x.stride(), found)
     return kept[owners][1]
 
