@@ -188,7 +188,7 @@ def test_the_cut_reads_no_number_of_samples(subject):
                 continue
             t = made_without_data(many)
             form = cpu.bound(prepared(many, t)[0], t.x)
-            kinds = (*(form[operand]["kind"] for operand in ("sets", "mask", "params")), form["segment"] == ())
+            kinds = (form["sets"]["kind"], form["mask"]["kind"] != 0, form["params"]["kind"], form["segment"] == ())
             found[n] = (form["columns"], kinds)
         first = min(found)
         for n, (columns, kinds) in found.items():

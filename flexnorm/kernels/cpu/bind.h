@@ -118,6 +118,8 @@ class Binder {
     void choose() {
         steps(OF_SETS), steps(OF_MASK), steps(OF_PARAMS);
         count_unknown();
+        for (int o = 0; o < OPERANDS; ++o)
+            if (p.present[o]) counted_steps(o);
         memory_order();
         copied = !dense_inside();
         if (copied) std::copy(ys, ys + p.rank, xs);
@@ -207,8 +209,11 @@ class Binder {
    private:
     struct Steps {  // how far one more of an axis, or of a label, goes in a contiguous tensor
         int64_t step[MOST] = {}, label[MOST] = {};
+        int64_t counted[MOST] = {};  // the step, if axes had the sizes that they count as
         bool reads[MOST] = {};
     };
+
+    static constexpr int64_t GROUPS = 16;  // values of a label, where the cut is chosen
 
     const Pattern& p;
     const Numbers& v;
@@ -229,6 +234,14 @@ class Binder {
             if (term >= 0) o.step[term] = step;
             else o.label[~term] = step, o.reads[~term] = true;
             step *= term_size(term);
+        }
+    }
+    void counted_steps(int operand) {
+        int64_t step = 1;
+        for (int i = p.operand[operand].n - 1; i >= 0; --i) {
+            int term = p.operand[operand].term[i];
+            if (term >= 0) op[operand].counted[term] = step;
+            step *= term >= 0 ? counts[term] : GROUPS;
         }
     }
 
@@ -321,8 +334,8 @@ class Binder {
         for (int i = n - 1; i >= place; --i) {
             int a = order[i];
             if (counts[a] == 1) continue;
-            any = any || o.step[a] != 0, straight = straight && o.step[a] == expected;
-            expected *= size[a];
+            any = any || o.step[a] != 0, straight = straight && o.counted[a] == expected;
+            expected *= counts[a];
         }
         return !any ? ONE : straight ? EACH : TABLE;
     }
@@ -375,7 +388,6 @@ class Binder {
         constexpr int64_t LONG = 16;       // columns that fill a vector
         constexpr int64_t WIDE = 4096;     // columns whose sums leave the first cache
         constexpr int64_t MANY = 4;        // rows that pay for a sum per column
-        constexpr int64_t GROUPS = 16;     // values of a label
         const int64_t width = counted(order + place, n - place), total = std::max<int64_t>(1, counted(order, n));
         double work = ROW / double(std::max<int64_t>(1, width));
         int eaten[MOST];
