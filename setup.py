@@ -88,7 +88,9 @@ class Kernels(build_ext):
             # What Python brings is found when the module is loaded.
             later = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
             static = [] if sanitize or sys.platform == "darwin" else ["-static-libstdc++", "-static-libgcc"]
-            compiler.link_shared_object(objects, str(target), extra_postargs=[*later, *static, *sanitize], target_lang="c++")
+            compiler.link_shared_object(
+                objects, str(target), extra_postargs=[*later, *static, *sanitize], target_lang="c++"
+            )
 
 
 class Wheel(bdist_wheel):
@@ -103,7 +105,14 @@ headers = sorted(str(path) for path in SOURCES.glob("*.h"))
 optional = WANTED != "required"  # then setuptools does not miss the file either
 setup(
     ext_modules=[
-        Extension("flexnorm.kernels.cpu._kernels", sources, depends=headers, language="c++", optional=optional, py_limited_api=True)
+        Extension(
+            "flexnorm.kernels.cpu._kernels",
+            sources,
+            depends=headers,
+            language="c++",
+            optional=optional,
+            py_limited_api=True,
+        )
     ],
     cmdclass={"build_ext": Kernels, "bdist_wheel": Wheel},
 )

@@ -285,7 +285,8 @@ class _Cutter:
         labels = [label for label in self.sets.labels if not set(label.axes) & set(columns)]
         groups = self.count(axis for axis in consumed if self.sets.steps[axis]) * GROUPS ** len(labels)
         pooled = [axis for axis in rows if axis not in consumed and not self.sets.steps[axis]]
-        return self.count(pooled) * max(1, self.count(consumed) // max(1, groups))
+        rows_of_a_set: int = max(1, self.count(consumed) // max(1, groups))
+        return self.count(pooled) * rows_of_a_set
 
     def run(self, operand: _Operand, columns: Sequence[int]) -> int:
         """Columns that follow one another and for which the operand is one."""

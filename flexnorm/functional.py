@@ -36,8 +36,10 @@ from .gradients import (
     applied,
     measured,
     merged,
+    moments_of,
     normalized,
     seen_through,
+    shared,
     statistics_behind,
 )
 from .kernels import ROOMS, Operands, Recipe, Room, Whole, aten, choose, stat_dtype
@@ -285,9 +287,10 @@ def run(
         if moments is None and (apart or cumulative):
             moments = own_moments(formula, x, mask, labels)
             moments = moments.cumulative() if cumulative else moments
-        found = bound(formula, x, mask, params, moments, labels, tracked)
-        if found is not None:
-            return found
+        kept: list[Any] | None = [] if tracked and moments is None else None
+        y = bound(formula, x, mask, params, moments, labels, kept)
+        if y is not None:
+            return y, moments_of(x, kept) if kept else moments
     return _routed(formula, x, mask, params, moments, labels, tracked, apart, cumulative, ranks)
 
 
@@ -298,9 +301,12 @@ def bound(
     params: Sequence[Param],
     moments: Moments | None,
     labels: Mapping[str, Partition],
-    tracked: bool,
-) -> tuple[Tensor, Moments | None] | None:
-    """The result of the library, which binds the pattern to the tensors. None: Python has to look closer."""
+    kept: list[Any] | None = None,
+) -> Tensor | None:
+    """The result of the library, which binds the pattern to the tensors. None: Python has to look closer.
+
+    `kept` takes what `moments_of` is made of.
+    """
     groups = formula.packed(labels) if formula.lookups else ()
     if groups is None:
         return None
@@ -322,18 +328,19 @@ def bound(
         )
         if moments is not None:
             return _bound_to(Bound(pattern, groups, formula, labels), x, mask, weight, bias, moments, differentiated)
-        if not differentiated and not tracked:
-            y = _KERNELS.evaluate(pattern, x, mask, weight, bias, groups)
-            return None if y is None else (y, None)
-        how = Bound(pattern, groups, formula, labels)
-        if differentiated and not tracked:
-            return normalized(how, None, x, mask, weight, bias), None  # type: ignore[no-untyped-call]
-        kept: list[Any] = []
+        y: Tensor | None
         if differentiated:
+            how = Bound(pattern, groups, formula, labels)
             y = normalized(how, kept, x, mask, weight, bias)  # type: ignore[no-untyped-call]
+        elif kept is None:
+            y = _KERNELS.evaluate(pattern, x, mask, weight, bias, groups)
         else:
-            y, *kept = how.forward(x, mask, weight, bias)
-        return y, how.moments(x, tuple(kept))
+            found = _KERNELS.forward(pattern, x, mask, weight, bias, groups)
+            if found is None:
+                return None
+            y = found[0]
+            kept.extend(found[1:])
+        return y
     except (AttributeError, Closer):  # what is no tensor has no gradient
         return None
 
@@ -346,7 +353,7 @@ def _bound_to(
     bias: Tensor | None,
     moments: Moments,
     differentiated: bool,
-) -> tuple[Tensor, Moments | None]:
+) -> Tensor:
     """The result by moments from elsewhere."""
     if not isinstance(moments, Moments) or moments.mean.is_complex():
         raise Closer
@@ -358,13 +365,14 @@ def _bound_to(
     if moments.mean.dtype != wide or moments.m2.dtype != wide:
         external = external.rounded(wide)
     if not differentiated:
-        return how.apply(Operands(x, mask, weight, bias), external), moments
+        return how.apply(Operands(x, mask, weight, bias), external)
     if not how.options.center:
         external = Moments(external.count, torch.zeros_like(external.mean), external.about_zero())
     operands = Operands(x, mask, weight, bias)
     behind = statistics_behind(how, operands, external)
     fields = (external.count, external.mean, external.m2, external.low)
-    return applied((how, behind), *operands, *fields), moments  # type: ignore[no-untyped-call]
+    y: Tensor = applied((how, behind), *operands, *fields)  # type: ignore[no-untyped-call]
+    return y
 
 
 def _routed(
@@ -465,9 +473,7 @@ def own_moments(
     return m
 
 
-def _bound_moments(
-    formula: Formula, x: Tensor, mask: Tensor | None, labels: Mapping[str, Partition]
-) -> Moments | None:
+def _bound_moments(formula: Formula, x: Tensor, mask: Tensor | None, labels: Mapping[str, Partition]) -> Moments | None:
     """The moments that the library computes; None: Python has to look closer."""
     pattern = formula.patterns[x.dim()]
     groups = formula.packed(labels) if formula.lookups else ()
@@ -483,6 +489,21 @@ def _bound_moments(
         return None
     found = _KERNELS.statistics(pattern, x, mask, None, None, groups)
     return None if found is None else Moments(*found)
+
+
+def by_share(formula: Formula, x: Tensor, share: Tensor, params: Param, labels: Mapping[str, Partition]) -> Tensor:
+    """x about a share of the mean of its own sets, which is over axes of the statistics. See `Share`."""
+    if unwatched(x) and x.dtype == stat_dtype(x.dtype) == share.dtype:
+        pattern, groups = formula.patterns[x.dim()], formula.packed(labels)
+        if pattern is not None and groups is not None:
+            try:
+                y: Tensor = shared(Bound(pattern, groups, formula, labels), x, share, *params)  # type: ignore[no-untyped-call]
+                return y
+            except Closer:
+                pass
+    own = own_moments(formula, x, None, labels)
+    stages = [params] if formula.affines else []
+    return run(formula, x, None, stages, own.about(share.to(own.mean.dtype)), labels)[0]
 
 
 _KERNELS: Any = library()  # a text where there is none; then no formula has a pattern

@@ -20,7 +20,6 @@ from .sets import Sets
 from .statistics import Moments, each
 from .watching import unwatched
 
-
 _KERNELS: Any = library()  # a text where there is none; then no formula has a pattern
 
 
@@ -48,9 +47,7 @@ class Bound(NamedTuple):
         return found
 
     def moments(self, x: Tensor, kept: Kept) -> Moments:
-        mean, low, m2 = kept[0].unbind()
-        count = kept[1] if kept[1] is not None else torch.full(mean.shape, x.numel() // mean.numel())
-        return Moments(count, mean, m2, low)
+        return moments_of(x, kept)
 
     def keep(self, x: Tensor, m: Moments) -> tuple[Any, ...]:
         """The reverse of `moments`."""
@@ -58,9 +55,7 @@ class Bound(NamedTuple):
         return torch.stack([m.mean, low, m.m2]).contiguous(), m.count  # stacked, channels-last tensors still are
 
     def backward(self, operands: Operands, kept: Kept, dy: Tensor, of_mask: bool) -> Gradients:
-        found: tuple[Any, ...] | None = _KERNELS.backward(
-            self.pattern, *operands, self.groups, dy, *kept, of_mask
-        )
+        found: tuple[Any, ...] | None = _KERNELS.backward(self.pattern, *operands, self.groups, dy, *kept, of_mask)
         if found is None:
             raise Closer
         return found  # type: ignore[return-value]  # the same four, and a tuple more takes its time
@@ -157,6 +152,13 @@ class Composed(NamedTuple):
 How = Bound | Composed
 
 
+def moments_of(x: Tensor, kept: Sequence[Any]) -> Moments:
+    """The moments that the library has written side by side."""
+    mean, low, m2 = kept[0].unbind()
+    count = kept[1] if kept[1] is not None else torch.full(mean.shape, x.numel() // mean.numel())
+    return Moments(count, mean, m2, low)
+
+
 def _answer(found: Any) -> Any:
     if found is None:
         raise Closer
@@ -172,6 +174,7 @@ def itself(y: Tensor) -> Tensor:
 
 
 def any_requires_grad(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether autograd asks for the gradient of one."""
     for t in tensors:  # noqa: SIM110  # any() of a generator takes twice the time, at every call
         if t is not None and t.requires_grad:
             return True
@@ -277,6 +280,7 @@ def merged(recipe: Recipe, m: Moments, wholes: Sequence[Whole]) -> Moments:
 
 
 def expanded(recipe: Recipe, m: Moments) -> Moments:
+    """The moments in the internal shape, without axes to be broadcast."""
     return each(lambda t: t.expand(recipe.sets.internal_shape), m)
 
 
@@ -394,7 +398,50 @@ class Apply(torch.autograd.Function):
         return (None, dx, None, sums.weight, sums.bias, *of_moments, None)
 
 
-# To C at once: `Function.apply` asks in Python for torch.func, which whoever calls these has done. 5 us of every call.
+class Share(torch.autograd.Function):
+    """Subtracts a share of the mean, and divides by the root mean square of what is left.
+
+    With share a, mean m, G = sum of g and Gy = sum of g * y over a set of n elements:
+
+        y = (x - a m) / s            s^2 = var + (1 - a)^2 m^2 + eps
+        dx = (g - (a / n) (G - Gy (1 - a) m / s) - y Gy / n) / s
+        da = (Gy (1 - a) m / s - G) m / s
+
+    Source: Cai et al., "GraphNorm: A Principled Approach to Accelerating Graph Neural Network Training", 2020.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, how: Bound, x: Tensor, share: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        own = how.statistics(x, None)
+        y = how.apply(Operands(x, None, weight, bias), own.about(share))
+        ctx.how = how
+        ctx.save_for_backward(x, share, weight, bias, own.count, own.mean, own.m2, own.low)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, share, weight, bias, *fields = ctx.saved_tensors
+        how, operands = ctx.how, Operands(x, None, weight, bias)
+        if torch.is_grad_enabled() or seen_through((dy, x)):  # differentiated again: by the composition
+            with torch.enable_grad():
+                composed = how.composed(operands)
+                y = composed.apply(operands, composed.statistics(x, None).about(share))
+                given = [t for t in (x, share, weight, bias) if t is not None and t.requires_grad]
+                found = iter(torch.autograd.grad(y, given, dy, create_graph=True))
+            needed = ((t is not None and t.requires_grad) for t in (x, share, weight, bias))
+            return (None, *(next(found) if needs else None for needs in needed))
+        own = Moments(*fields)
+        about = own.about(share)
+        sums = how.backward_sums(operands, about, dy)
+        rate = aten.inverse_sigma(how.options, about)
+        scaled = own.mean * rate
+        rest = sums.grad_xhat * (1 - share) * scaled - sums.grad
+        dx = how.backward_dx(operands, about, dy, Sums(-share * rest, sums.grad_xhat, None, None))[0]
+        return None, dx, (rest * scaled).sum_to_size(share.shape), sums.weight, sums.bias
+
+
+# These go to C at once. `Function.apply` first asks in Python for torch.func, which takes 5 us. Callers have asked.
 normalized = super(torch.autograd.Function, Normalize).apply
 measured = super(torch.autograd.Function, Statistics).apply
 applied = super(torch.autograd.Function, Apply).apply
+shared = super(torch.autograd.Function, Share).apply

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from .arguments import Label
-from .context import given_here
+from .context import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
-from .functional import moments, normalize
+from .functional import by_share, moments, normalize
 from .kernels import stat_dtype
 from .norm import Norm
 from .partition import Partition, readable
@@ -117,6 +117,8 @@ class _OfGraphs(Norm):
         self, x: Tensor, batch: Label | None, count: int | None, *, also: str | None = None, told: str = "batch_size"
     ) -> Partition:
         """The graph of every node: of this call, given from around (by the name `also`, too), or one for all."""
+        if batch is not None and not (something_given() or self._was_given):
+            return _read(x, batch, count, "batch", told)
         around = given_here()
         given_name = next((name for name in (also, "batch") if name in around), None)
         if given_name is None or (batch is not None and given_name != also):
@@ -405,8 +407,10 @@ class GraphNorm(_OfGraphs, pyg.GraphNorm):
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
         graphs = self._graphs(x, batch, batch_size)
-        own = moments(x, "v c -> batch[v] c", batch=graphs, c=self.in_channels)
-        return self._apply_norm(x, graphs, own.about(self.mean_scale.to(own.mean.dtype)))
+        if is_dynamo_compiling():
+            own = moments(x, "v c -> batch[v] c", batch=graphs, c=self.in_channels)
+            return self._apply_norm(x, graphs, own.about(self.mean_scale.to(own.mean.dtype)))
+        return by_share(self._with_own_eps(), x, self.mean_scale, (self.weight, self.bias), {"batch": graphs})
 
 
 class InstanceNorm(_OfGraphs, pyg.InstanceNorm):
@@ -641,9 +645,10 @@ class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
     ) -> Tensor:
         """Scales x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
         graphs = self._graphs(x, batch, batch_size)
-        size = (graphs._counted() if is_dynamo_compiling() else graphs.counts).to(stat_dtype(x.dtype))
-        one = torch.ones_like(size)  # of which the size is the mean square
-        return self._apply_norm(x, graphs, Moments(one, torch.zeros_like(size), size))
+        rate = graphs._counted().to(stat_dtype(x.dtype)).rsqrt()
+        rate = rate.index_select(0, graphs._ids)
+        y = x * (rate.unsqueeze(-1) if x.dim() == 2 else rate.view(-1, *[1] * (x.dim() - 1)))
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 class BatchNorm(pyg.BatchNorm):

@@ -15,6 +15,7 @@ from .axes import solve
 from .context import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
 from .functional import ALONE, bound, own_moments, run
+from .gradients import moments_of
 from .library import library
 from .partition import Partition, readable, whole
 from .ranks import Ranks, Sharding, is_dtensor
@@ -150,7 +151,8 @@ class Norm(nn.Module):
             self.running_var = torch.empty(shape, device=device, dtype=real)
             per_set = self._counts_per_set and momentum is None and any(True for _ in self._spec.sets.lookups())
             self.num_batches_tracked = torch.empty(shape if per_set else (), device=device, dtype=torch.int64)
-        plain = type(self)._normalize is Norm._normalize and type(self)._run is Norm._run
+        cls = type(self)
+        plain = (cls._normalize, cls._run, cls._params) == (Norm._normalize, Norm._run, Norm._params)
         self._direct = plain and cumulative is None and sharded is None and conditional is None
         self.reset_parameters()
 
@@ -268,16 +270,18 @@ class Norm(nn.Module):
         self, x: Tensor, mask: Tensor | None, dynamic: Mapping[str, Any], moments: Moments | None = None
     ) -> Tensor:
         """The result of a usual call, which the library computes: no ranks, and nothing given but a mask and labels."""
-        found, own = None, self.__dict__
+        y, own = None, self.__dict__
         if unwatched(x):
-            formula, params, tracked = own["_formula"], own["_parameters"], False
+            formula, params = own["_formula"], own["_parameters"]
+            kept: list[Any] | None = None
             if own["eps"] != formula.options.eps:
                 formula = self._with_own_eps()
             if moments is None and own["_buffers"]["running_mean"] is not None:
-                if self.training:
-                    tracked = self.track_running_stats
-                else:
+                self._check_kind(x)
+                if not self.training:
                     moments = self._running()
+                elif self.track_running_stats:
+                    kept = []
             if mask is not None:
                 mask = self._fit(x, mask)
                 own["_masked"] = True
@@ -285,16 +289,14 @@ class Norm(nn.Module):
             if dynamic:
                 self._read(dynamic, partitions)
             if formula.affines and "weight" in params and "bias" in params:
-                found = bound(formula, x, mask, ((params["weight"], params["bias"]),), moments, partitions, tracked)
+                y = bound(formula, x, mask, ((params["weight"], params["bias"]),), moments, partitions, kept)
             elif not formula.affines:
-                found = bound(formula, x, mask, (), moments, partitions, tracked)
-        if found is None:
-            return self._normalize(x, mask, None, None, moments, dynamic)[0]
-        y, used = found
-        if tracked:
-            assert used is not None
-            self._track(used)
-        return y
+                y = bound(formula, x, mask, (), moments, partitions, kept)
+            if y is not None:
+                if kept and not self._moved_in_place(x, *kept):
+                    self._track(moments_of(x, kept))
+                return y
+        return self._normalize(x, mask, None, None, moments, dynamic)[0]
 
     def _with_own_eps(self) -> Formula:
         """The formula, where somebody has set `eps` anew."""
@@ -549,19 +551,17 @@ class Norm(nn.Module):
             pairs = zip(self._collected, wide, strict=True)
             self._collected = tuple(a.merge(b) for a, b in pairs) if self._collected else tuple(wide)
             return
-        if not self._moved_in_place(*seen):
-            self._set(self._updated(*seen))
+        self._set(self._updated(*seen))
 
-    def _moved_in_place(self, *seen: Moments) -> bool:
-        """Whether the library has moved the running statistics: plain buffers by a fixed momentum."""
-        values = type(self)._values is Norm._values and type(self)._updated is Norm._updated
-        if not values or self.momentum is None or _KERNELS is None:
+    def _moved_in_place(self, x: Tensor, packed: Tensor, count: Tensor | None) -> bool:
+        """Whether the library has moved the running statistics: plain buffers by a fixed momentum, in one pass."""
+        own, cls = self._buffers, type(self)
+        if cls._values is not Norm._values or cls._updated is not Norm._updated or self.momentum is None:
             return False
-        own, m = self._buffers, seen[0]
+        if self._collected is not None or torch._C._current_graph_task_id() != -1:
+            return False
         buffers = own["running_mean"], own["running_var"], own["num_batches_tracked"]
-        if not all(map(unwatched, buffers)) or not unwatched(m.mean):
-            return False
-        if _KERNELS.track(*buffers, self.momentum, m.count, m.mean, m.m2) is None:
+        if library().track(*buffers, self.momentum, packed, count, x.numel()) is None:
             return False
         torch.autograd.graph.increment_version(buffers)  # type: ignore[arg-type]
         return True
@@ -871,9 +871,6 @@ def calibrate(
         assert tracked is not None
         tracked.copy_(values[1][1] * seen if tracked.dim() else torch.tensor(seen))
     return model
-
-
-_KERNELS = None if isinstance(library(), str) else library()
 
 
 def checked_momentum(momentum: float | None) -> float | None:

@@ -104,9 +104,7 @@ def backward_moments(rule: Rule, moments: Moments, sums: Sums) -> tuple[Tensor |
     return dcount, dmean, dvar / n
 
 
-def backward_statistics(
-    rule: Rule, moments: Moments, dmean: Tensor, dm2: Tensor, own: Moments | None = None
-) -> Sums:
+def backward_statistics(rule: Rule, moments: Moments, dmean: Tensor, dm2: Tensor, own: Moments | None = None) -> Sums:
     """The sums of which `backward_dx`, at these moments, makes the gradient of x, where mean and m2 of x have these.
 
     d mean / dx = 1 / n and d m2 / dx = 2 (x - mean): a line in x, as is what `backward_dx` takes of the sums, which is

@@ -37,11 +37,16 @@ class Rule(Protocol):
     """What is made of moments, wherever they come from."""
 
     @property
-    def center(self) -> bool: ...
+    def center(self) -> bool:
+        """Whether the mean is subtracted."""
+
     @property
-    def scale(self) -> bool: ...
+    def scale(self) -> bool:
+        """Whether the result is divided by sigma."""
+
     @property
-    def eps(self) -> float: ...
+    def eps(self) -> float:
+        """What is added to the variance."""
 
 
 class Operands(NamedTuple):

@@ -70,7 +70,7 @@ def _done(answer: Any) -> Any:
     return answer
 
 
-# --- the entry points: tensors over sets in the internal shape here, as the pattern writes them in the library ---------
+# --- the entry points. Tensors over sets have the internal shape here, and in the library the written one -----------
 
 
 def evaluate(recipe: Recipe, operands: Operands) -> Tensor:

@@ -500,7 +500,8 @@ PyObject* groups(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
 // --- running statistics ----------------------------------------------------------------------------------------------
 
 template <class T>
-void move(View& mean, View& var, const T* m, const T* m2, const int64_t* whole, const T* wide, double momentum, bool& any) {
+void move(View& mean, View& var, const T* m, const T* m2, const int64_t* whole, const T* wide, T count, double momentum,
+          bool& any) {
     const int64_t n = mean.numel();
     T *of_mean = reinterpret_cast<T*>(mean.data), *of_var = reinterpret_cast<T*>(var.data);
     const T weight = T(momentum);
@@ -508,7 +509,7 @@ void move(View& mean, View& var, const T* m, const T* m2, const int64_t* whole, 
         return weight < T(.5) ? from + weight * (to - from) : to - (to - from) * (1 - weight);
     };
     for (int64_t i = 0; i < n; ++i) {
-        T c = whole ? T(whole[i]) : wide[i];
+        T c = whole ? T(whole[i]) : wide ? wide[i] : count;
         if (!(c > 0)) continue;
         any = true;
         of_mean[i] = lerp(of_mean[i], m[i]);
@@ -518,27 +519,31 @@ void move(View& mean, View& var, const T* m, const T* m2, const int64_t* whole, 
     }
 }
 
-// track(running mean, running variance, number of batches, momentum, count, mean, m2): True, and the running statistics
-// have moved towards those of a batch. None: Python moves them.
+// track(running mean, running variance, number of batches, momentum, moments [3, *sets], count or None, elements of x):
+// True, and the running statistics have moved towards those of a batch. None: Python moves them.
 PyObject* track(PyObject*, PyObject* const* a, Py_ssize_t n) {
     if (n != 7) return PyErr_Format(PyExc_TypeError, "track takes 7 arguments");
-    View v[7];
-    for (int i = 0; i < 7; ++i) {
-        if (i == 3) continue;
-        if (!read(a[i], v[i]) || !v[i].contiguous()) Py_RETURN_NONE;
-        if (i != 2 && v[i].numel() != v[0].numel()) Py_RETURN_NONE;
-    }
-    View &mean = v[0], &var = v[1], &batches = v[2], &count = v[4];
+    View mean, var, batches, moments, count;
     const double momentum = PyFloat_AsDouble(a[3]);
+    const int64_t elements = PyLong_AsLongLong(a[6]);
     if (PyErr_Occurred()) return nullptr;
-    if (batches.type != INT64 || batches.ndim != 0 || var.type != mean.type || v[5].type != mean.type || v[6].type != mean.type) Py_RETURN_NONE;
-    if (count.type != INT64 && count.type != mean.type) Py_RETURN_NONE;
+    if (!read(a[0], mean) || !read(a[1], var) || !read(a[2], batches) || !read(a[4], moments)) Py_RETURN_NONE;
+    if (!mean.contiguous() || !var.contiguous() || !moments.contiguous()) Py_RETURN_NONE;
+    const int64_t sets = mean.numel();
+    if (!sets || var.numel() != sets || moments.numel() != 3 * sets || batches.type != INT64 || batches.ndim != 0) Py_RETURN_NONE;
+    if (var.type != mean.type || moments.type != mean.type) Py_RETURN_NONE;
+    count.type = TYPES;
+    if (a[5] != Py_None) {
+        if (!read(a[5], count) || !count.contiguous() || count.numel() != sets) Py_RETURN_NONE;
+        if (count.type != INT64 && count.type != mean.type) Py_RETURN_NONE;
+    }
     bool any = false;
     auto go = [&](auto one) {
         using T = decltype(one);
-        auto of = [](View& t) { return reinterpret_cast<const T*>(t.data); };
+        const T* m = reinterpret_cast<const T*>(moments.data);
         const int64_t* whole = count.type == INT64 ? reinterpret_cast<int64_t*>(count.data) : nullptr;
-        move<T>(mean, var, of(v[5]), of(v[6]), whole, whole ? nullptr : of(count), momentum, any);
+        const T* wide = count.type == mean.type ? reinterpret_cast<const T*>(count.data) : nullptr;
+        move<T>(mean, var, m, m + 2 * sets, whole, wide, T(elements / sets), momentum, any);
     };
     if (mean.type == F64) go(double());
     else if (mean.type == F32) go(float());
