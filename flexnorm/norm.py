@@ -153,7 +153,7 @@ class Norm(nn.Module):
             self.num_batches_tracked = torch.empty(shape if per_set else (), device=device, dtype=torch.int64)
         cls = type(self)
         plain = (cls._normalize, cls._run, cls._params) == (Norm._normalize, Norm._run, Norm._params)
-        self._direct = plain and cumulative is None and sharded is None and conditional is None
+        self._direct = plain and cumulative is None and conditional is None
         self.reset_parameters()
 
     _version = 2  # as torch's batch norms count: `num_batches_tracked` came with the second
@@ -271,7 +271,7 @@ class Norm(nn.Module):
     ) -> Tensor:
         """The result of a usual call, which the library computes: no ranks, and nothing given but a mask and labels."""
         y, own = None, self.__dict__
-        if unwatched(x):
+        if own["_sharding"] is None and unwatched(x):
             formula, params = own["_formula"], own["_parameters"]
             kept: list[Any] | None = None
             if own["eps"] != formula.options.eps:
