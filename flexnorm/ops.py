@@ -19,13 +19,26 @@ import torch
 from torch import Tensor
 
 from .arguments import Formula, Label, Options, Param, check_eps, outward_moments, sort_names, spec_along, unnamed_axes
-from .errors import SpecError
+from .errors import SpecError, say
 from .gradients import Bound, Closer, Composed, How
 from .kernels import ROOMS, Gradients, Operands, Recipe, Sums, aten, choose, stat_dtype
 from .partition import Partition
 from .spec import Spec
 from .statistics import Moments, each
 from .watching import unwatched
+
+# One more where the results of an operator have other shapes: compilers keep graphs beyond a process.
+SHAPES = 2
+
+
+def _parsed(text: str) -> tuple[Any, ...]:
+    """What the text of an operator says, if a graph of this version holds it."""
+    shapes, *said = ast.literal_eval(text)
+    if shapes != SHAPES:
+        rule, instead = "a compiled or saved graph is run by the version of flexnorm that made it", "compile it again"
+        raise SpecError(say(rule, received=f"a graph of another version: {text}", instead=instead))
+    return tuple(said)
+
 
 # --- what dynamo sees ------------------------------------------------------------------------------------------------
 
@@ -80,7 +93,7 @@ def run(
     if moments is not None or not (tracked or apart or cumulative):
         return _normalize(x, mask, params, moments, eps, formula.head, told, None), moments
     ids, numbers, keys = told
-    text = f"({formula.head}, {keys}, {cumulative or None}, {apart})"
+    text = f"({SHAPES}, {formula.head}, {keys}, {cumulative or None}, {apart})"
     y, *fields = torch.ops.flexnorm.tracked(x, mask, _flat(params), ids, numbers, eps, text)
     return y, Moments(*fields)
 
@@ -113,14 +126,14 @@ def _normalize(
     if moments is not None and not isinstance(moments, Moments):
         raise SpecError("moments= takes Moments: moments=flexnorm.moments(x, pattern)")
     fields = [] if moments is None else [moments.count, moments.mean, moments.m2, moments.low]
-    text = f"({head}, {keys}, {along!r}, False)"
+    text = f"({SHAPES}, {head}, {keys}, {along!r}, False)"
     y: Tensor = torch.ops.flexnorm.normalize(x, mask, _flat(params), ids, numbers, eps, text, moments=fields)
     return y
 
 
 def _moments(x: Tensor, mask: Tensor | None, head: str, told: _Told) -> Moments:
     ids, numbers, keys = told
-    return Moments(*torch.ops.flexnorm.moments(x, mask, ids, numbers, f"({head}, {keys}, None, False)"))
+    return Moments(*torch.ops.flexnorm.moments(x, mask, ids, numbers, f"({SHAPES}, {head}, {keys}, None, False)"))
 
 
 def _flat(params: Sequence[Param]) -> list[Tensor | None]:
@@ -154,7 +167,7 @@ def written(formula: Formula) -> str:
     o = formula.options
     affines = tuple(affine.text for affine in formula.affines)
     sizes = tuple(size if type(size[1]) is int else size[0] for size in formula.sizes)
-    return repr((formula.spec.text, affines, sizes, (o.center, o.scale, o.eps, o.activation)))
+    return repr((SHAPES, formula.spec.text, affines, sizes, (o.center, o.scale, o.eps, o.activation)))
 
 
 def _read(text: str, numbers: Sequence[int]) -> Formula:
@@ -165,7 +178,7 @@ def _read(text: str, numbers: Sequence[int]) -> Formula:
 
 @lru_cache(maxsize=1024)
 def _known(text: str, numbers: tuple[int, ...]) -> Formula:
-    pattern, affines, told, options = ast.literal_eval(text)
+    pattern, affines, told, options = _parsed(text)
     names = [size for size in told if isinstance(size, str)]
     sizes = dict(zip(names, numbers[len(numbers) - len(names) :], strict=True))
     sizes = {name: sizes[name] for name in names} | dict(size for size in told if not isinstance(size, str))
@@ -485,7 +498,7 @@ def _heard(
     ids: Sequence[Tensor], numbers: Sequence[int], eps: float, text: str
 ) -> tuple[Formula, dict[str, Partition]]:
     """The formula of a text, and its labels: read and checked as eager calls are."""
-    (pattern, affines, (center, scale, activation)), (of_labels, of_sizes), along, _ = ast.literal_eval(text)
+    (pattern, affines, (center, scale, activation)), (of_labels, of_sizes), along, _ = _parsed(text)
     options: dict[str, dict[str, Any]] = {"sizes": {}, "labels": {}, "names": {}}
     for (option, name), label, count in zip(of_labels, ids, numbers, strict=False):
         options[option][name] = Partition._made(label, count)
@@ -533,7 +546,7 @@ class _Call(NamedTuple):
         stages = _stages(formula, params)
         recipe, operands = formula.prepare(x, mask, stages, labels)
         used = Moments(*moments) if moments else None  # type: ignore[arg-type]
-        *_, along, apart = ast.literal_eval(text)
+        *_, along, apart = _parsed(text)
         if used is None and (along is not None or apart):
             read = {name: labels[name] for name in formula.of_moments.lookups}
             fields = _statistics_of(formula.of_moments, x, mask, read)
@@ -592,7 +605,7 @@ def _run_complex(
 ) -> tuple[Tensor, Moments | None]:
     formula, labels = _heard(ids, numbers, eps, text)
     stages = _stages(formula, params)
-    *_, along, apart = ast.literal_eval(text)
+    *_, along, apart = _parsed(text)
     given = Moments(*moments) if moments else None  # type: ignore[arg-type]
     how = {"tracked": True, "apart": apart, "cumulative": along is not None}
     y, used = eager.run(formula, x, mask, stages, given, labels, **how)

@@ -47,6 +47,14 @@ def test_operators_are_the_composition(case):
         torch.testing.assert_close(split, theirs, **close)
 
 
+def test_a_graph_of_another_version_is_refused():
+    """Inductor keeps compiled graphs on disk, by the texts that they hold."""
+    *given, text = arguments(cases.by_name["group"])[0]
+    for other in (text.replace("(2, ", "(1, ", 1), text.replace("(2, ", "(", 1)):
+        with pytest.raises(ValueError, match="is run by the version of flexnorm"):
+            torch.ops.flexnorm.forward(*given, other)
+
+
 @pytest.mark.parametrize("case", cases.CASES[::5], ids=[case.name for case in cases.CASES[::5]])
 def test_operators_are_what_torch_asks_of_one(case):
     given, _ = arguments(case, dtype=torch.float32)
