@@ -229,8 +229,8 @@ def packed(partition: Partition) -> Packed | None:
         SpecError: somebody has changed what `partition.ids` handed out.
     """
     own = partition.__dict__
-    handed = own.get("_handed")
-    if handed is not None and own["_version"] not in (None, handed._version):
+    version = own.get("_version")  # None: nothing was handed out, or an inference tensor, which counts no versions
+    if version is not None and own["_handed"]._version != version:
         received = f"{partition!r}, whose ids were changed in place"
         raise SpecError(say("a Partition is immutable", received=received, instead="Partition(ids) of the new ids"))
     return partition._packed

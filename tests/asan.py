@@ -1,4 +1,4 @@
-"""Builds the C++ kernels with AddressSanitizer and UBSan, and runs tests/test_cpu.py on them: `make asan`.
+"""Builds the C++ kernels with AddressSanitizer and UBSan, and runs tests/test_cpu.py and test_calls.py on them: `make asan`.
 
 The build is a copy of the package under build/asan; the working tree's own library stays as it is.
 """
@@ -85,7 +85,7 @@ def main() -> int:
     for path in BUILD.glob("report.*"):
         path.unlink()
     settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-m", "not slow"]
-    tests = ["--leg", "sanitized", str(ROOT / "tests" / "test_cpu.py")]
+    tests = ["--leg", "sanitized", *(str(ROOT / "tests" / name) for name in ("test_cpu.py", "test_calls.py"))]
     status = python("-m", "pytest", "--quiet", *settings, *tests, *sys.argv[1:])
     print(*reports(), sep="\n", end="")
     return 1 if status != 0 or reports() else 0

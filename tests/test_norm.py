@@ -53,7 +53,8 @@ def test_layer_equals_function(case, where):
             y = nn.Sequential(norm, nn.Identity())(x)
     else:
         y = norm(x, mask, labels=None if where == "static" else labels)
-    assert torch.equal(y, expected)
+    # The layer was told sizes that the function was not, so it may cut x elsewhere and add in another order.
+    torch.testing.assert_close(y, expected, rtol=0, atol=16 * torch.finfo(y.dtype).eps * float(expected.abs().max()))
     assert case.pattern.split("->")[1].strip() in repr(norm)
 
 
