@@ -29,6 +29,7 @@ from .kernels import stat_dtype
 from .norm import Norm
 from .partition import Partition, readable
 from .statistics import Moments
+from .watching import unwatched
 
 try:
     from torch_geometric.data import Batch, Data, HeteroData
@@ -407,7 +408,7 @@ class GraphNorm(_OfGraphs, pyg.GraphNorm):
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
         graphs = self._graphs(x, batch, batch_size)
-        if is_dynamo_compiling():
+        if not self._direct or is_dynamo_compiling():
             own = moments(x, "v c -> batch[v] c", batch=graphs, c=self.in_channels)
             return self._apply_norm(x, graphs, own.about(self.mean_scale.to(own.mean.dtype)))
         return by_share(self._with_own_eps(), x, self.mean_scale, (self.weight, self.bias), {"batch": graphs})
@@ -645,10 +646,12 @@ class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
     ) -> Tensor:
         """Scales x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
         graphs = self._graphs(x, batch, batch_size)
-        rate = graphs._counted().to(stat_dtype(x.dtype)).rsqrt()
-        rate = rate.index_select(0, graphs._ids)
-        y = x * (rate.unsqueeze(-1) if x.dim() == 2 else rate.view(-1, *[1] * (x.dim() - 1)))
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        size = graphs._counted().to(stat_dtype(x.dtype))
+        if self._direct and unwatched(x) and x.dim() == 2 and x.is_floating_point():  # three operations for small graphs
+            y = x * size.rsqrt().index_select(0, graphs._ids).unsqueeze(-1)
+            return y if y.dtype == x.dtype else y.to(x.dtype)
+        one = torch.ones_like(size)  # of which the size is the mean square
+        return self._apply_norm(x, graphs, Moments(one, torch.zeros_like(size), size))
 
 
 class BatchNorm(pyg.BatchNorm):
