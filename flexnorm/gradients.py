@@ -227,6 +227,11 @@ class Normalize(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         how, needs = ctx.how, ctx.needs_input_grad
         saved = ctx.saved_tensors  # asked for once: checkpointing unpacks each time
+        if type(how) is Bound and (needs[2] or needs[3]) and not torch.is_grad_enabled() and unwatched(dy):
+            x, mask, weight, bias, moments, count = saved  # what most calls need, without a detour
+            found = _KERNELS.backward(how.pattern, x, mask, weight, bias, how.groups, dy, moments, count, needs[3])
+            if found is not None:
+                return (None, None, *found)
         operands, kept = Operands(*saved[:4]), saved[4:]
         if torch.is_grad_enabled() or not unwatched(dy):  # differentiated again: of moments that depend on x
             how = how.composed(operands)

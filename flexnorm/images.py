@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .axes import divisors
+from .context import something_given
 from .errors import ShapeError, SpecError, say, shown
 from .norm import Norm
 from .partition import Partition, labelled, whole
@@ -148,6 +149,8 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
         if alone and input.dim() and input.numel() == self.num_groups:
             size = list(input.shape)
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+        if self._direct and not (something_given() or self._was_given):
+            return self._directly(input, mask, {}, moments)
         return super().forward(input, mask, moments=moments)
 
     def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
