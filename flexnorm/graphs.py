@@ -647,7 +647,8 @@ class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
         """Scales x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
         graphs = self._graphs(x, batch, batch_size)
         size = graphs._counted().to(stat_dtype(x.dtype))
-        if self._direct and unwatched(x) and x.dim() == 2 and x.is_floating_point():  # three operations for small graphs
+        if self._direct and unwatched(x) and x.dim() == 2 and x.is_floating_point():
+            # Three operations, because a batch of graphs is small.
             y = x * size.rsqrt().index_select(0, graphs._ids).unsqueeze(-1)
             return y if y.dtype == x.dtype else y.to(x.dtype)
         one = torch.ones_like(size)  # of which the size is the mean square
