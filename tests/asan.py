@@ -1,4 +1,4 @@
-"""Builds the C++ kernels with AddressSanitizer and UBSan, and runs tests/test_cpu.py and test_calls.py on them: `make asan`.
+"""Builds the C++ kernels with AddressSanitizer and UBSan, and runs their tests on them: `make asan`.
 
 The build is a copy of the package under build/asan; the working tree's own library stays as it is.
 """
