@@ -330,7 +330,7 @@ def bound(
             return _bound_to(Bound(pattern, groups, formula, labels), x, mask, weight, bias, moments, differentiated)
         y: Tensor | None
         if differentiated:
-            how = Bound(pattern, groups, formula, labels)
+            how = tuple.__new__(Bound, (pattern, groups, formula, labels))  # without the Python of a NamedTuple
             y = normalized(how, kept, x, mask, weight, bias)  # type: ignore[no-untyped-call]
         elif kept is None:
             y = _KERNELS.evaluate(pattern, x, mask, weight, bias, groups)

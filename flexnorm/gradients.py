@@ -215,7 +215,12 @@ class Normalize(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
     ) -> Tensor:
-        found = how.forward(x, mask, weight, bias)
+        if type(how) is Bound:
+            found = _KERNELS.forward(how[0], x, mask, weight, bias, how[1])
+            if found is None:
+                raise Closer
+        else:
+            found = how.forward(x, mask, weight, bias)
         ctx.how = how
         ctx.save_for_backward(x, mask, weight, bias, *found[1:])
         if kept is not None:

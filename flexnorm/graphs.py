@@ -25,9 +25,8 @@ from .arguments import Label
 from .context import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
 from .functional import by_share, moments, normalize
-from .kernels import stat_dtype
 from .norm import Norm
-from .partition import Partition, readable
+from .partition import Partition, counts_for, readable
 from .statistics import Moments
 from .watching import unwatched
 
@@ -646,7 +645,7 @@ class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
     ) -> Tensor:
         """Scales x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
         graphs = self._graphs(x, batch, batch_size)
-        size = graphs._counted().to(stat_dtype(x.dtype))
+        size = counts_for(graphs, x)
         if self._direct and unwatched(x) and x.dim() == 2 and x.is_floating_point():
             # Three operations, because a batch of graphs is small.
             y = x * size.rsqrt().index_select(0, graphs._ids).unsqueeze(-1)

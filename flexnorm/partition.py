@@ -236,6 +236,15 @@ def packed(partition: Partition) -> Packed | None:
     return partition._packed
 
 
+def counts_for(partition: Partition, x: Tensor) -> Tensor:
+    """The number of elements of every group, in the dtype of the statistics of x."""
+    if unwatched(x) and (read := packed(partition)) is not None:
+        found: Tensor | None = library().counts(read[2], x)
+        if found is not None:
+            return found
+    return partition._counted().to(torch.float64 if x.dtype in (torch.float64, torch.complex128) else torch.float32)
+
+
 def _grouped(ids: Tensor, count: object) -> Packed | None:
     """A copy of the ids, their number, offsets and order; None where Python has to look closer."""
     kernels = library()

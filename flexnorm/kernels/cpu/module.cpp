@@ -497,6 +497,23 @@ PyObject* groups(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
     return number ? PyTuple_Pack(4, ids.get(), number.get(), offsets.get(), order.or_none()) : nullptr;
 }
 
+// counts(offsets of groups, x): the number of elements of every group, in the dtype of the statistics of x.
+PyObject* counts(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 2) return PyErr_Format(PyExc_TypeError, "counts takes 2 arguments");
+    View offsets, x;
+    if (!read(a[0], offsets) || !read(a[1], x) || offsets.type != INT64 || offsets.ndim != 1 || offsets.shape[0] < 1) Py_RETURN_NONE;
+    if (x.type > F16 || !offsets.contiguous()) Py_RETURN_NONE;
+    char* data;
+    const int64_t groups = offsets.shape[0] - 1, *at = reinterpret_cast<int64_t*>(offsets.data);
+    PyObject* made = fresh({groups}, x.type == F64 ? F64 : F32, data);
+    for (int64_t g = 0; made && g < groups; ++g) {
+        const int64_t count = at[g + 1] - at[g];
+        if (x.type == F64) reinterpret_cast<double*>(data)[g] = double(count);
+        else reinterpret_cast<float*>(data)[g] = float(count);
+    }
+    return made;
+}
+
 // --- running statistics ----------------------------------------------------------------------------------------------
 
 template <class T>
@@ -699,7 +716,7 @@ PyObject* set_width(PyObject*, PyObject* const* a, Py_ssize_t n) {
 #define FUNCTION(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
 PyMethodDef functions[] = {FUNCTION(setup), FUNCTION(pattern), FUNCTION(evaluate), FUNCTION(forward), FUNCTION(statistics),
                            FUNCTION(apply), FUNCTION(backward), FUNCTION(backward_sums), FUNCTION(backward_dx),
-                           FUNCTION(groups), FUNCTION(track), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
+                           FUNCTION(groups), FUNCTION(counts), FUNCTION(track), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
                            {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
@@ -707,6 +724,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functi
 
 PyMODINIT_FUNC PyInit__kernels() {
     PyObject* module = PyModule_Create(&definition);
-    if (module) PyModule_AddIntConstant(module, "INTERFACE", 1);  // one more where an entry takes other arguments
+    if (module) PyModule_AddIntConstant(module, "INTERFACE", 2);  // one more where an entry takes other arguments
     return module;
 }
