@@ -270,9 +270,9 @@ class Formula:
             told=frozenset(place for place, name in enumerate(axes.names) if name in self.told),
         )
         if not axes.symbolic and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            groups = self.packed(labels)
+            one = self if len(self.affines) < 2 or sets is None else self._of_one_stage(sets.expr)
+            groups = one.packed(labels)
             if groups is not None:
-                one = self if len(self.affines) < 2 or sets is None else self._of_one_stage(sets.expr)
                 recipe = replace(recipe, pattern=one.patterns[x.dim()], groups=groups)
         return recipe, Operands(x, mask, weight, bias)
 

@@ -307,17 +307,17 @@ def bound(
 
     `kept` takes what `moments_of` is made of.
     """
-    groups = formula.packed(labels) if formula.lookups else ()
-    if groups is None:
-        return None
     try:
         if len(params) > 1:
+            if any(name not in labels for name in formula.lookups):
+                return None
             one = formula.of_one_stage(x, params, labels)
             if one is None:
                 return None
             formula, params = one
         pattern = formula.patterns[x.dim()]
-        if pattern is None:
+        groups = formula.packed(labels) if formula.lookups else ()  # in the order in which the pattern reads them
+        if pattern is None or groups is None:
             return None
         weight, bias = params[0] if params else (None, None)
         differentiated = torch.is_grad_enabled() and (
@@ -364,6 +364,8 @@ def _bound_to(
     wide, external = stat_dtype(x.dtype), moments
     if moments.mean.dtype != wide or moments.m2.dtype != wide:
         external = external.rounded(wide)
+    if not external.count.is_floating_point() and external.count.dtype != torch.int64:
+        external = Moments(external.count.to(torch.int64), external.mean, external.m2, external.low)
     if not differentiated:
         return how.apply(Operands(x, mask, weight, bias), external)
     if not how.options.center:

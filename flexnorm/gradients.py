@@ -23,6 +23,9 @@ from .watching import unwatched
 _KERNELS: Any = library()  # a text where there is none; then no formula has a pattern
 
 
+_batched = torch._C._functorch.is_legacy_batchedtensor  # `is_grads_batched` makes these, and no transform is active
+
+
 class Closer(Exception):  # noqa: N818  # no error: Python has to look closer at the arguments
     """The library has given no answer."""
 
@@ -155,7 +158,7 @@ How = Bound | Composed
 def moments_of(x: Tensor, kept: Sequence[Any]) -> Moments:
     """The moments that the library has written side by side."""
     mean, low, m2 = kept[0].unbind()
-    count = kept[1] if kept[1] is not None else torch.full(mean.shape, x.numel() // mean.numel())
+    count = kept[1] if kept[1] is not None else torch.full(mean.shape, x.numel() // mean.numel(), device=mean.device)
     return Moments(count, mean, m2, low)
 
 
@@ -186,7 +189,7 @@ def seen_through(tensors: Iterable[Tensor | None]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return True
     for t in tensors:
-        if t is not None and (t.is_neg() or (type(t) is not Tensor and type(t) is not torch.nn.Parameter)):
+        if t is not None and (t.is_neg() or _batched(t) or (type(t) is not Tensor and type(t) is not torch.nn.Parameter)):
             return True  # a lazy minus sign is not in memory, and who knows what a subclass means
     return derived(tensors)
 
@@ -247,7 +250,11 @@ class Normalize(torch.autograd.Function):
             except Closer:
                 how = how.composed(operands)
                 return (None, None, *how.backward(operands, how.forward(*operands)[1:], dy, needs[3]))
-        sums = how.backward_sums(operands, how.moments(operands.x, kept), dy)
+        try:
+            sums = how.backward_sums(operands, how.moments(operands.x, kept), dy)
+        except Closer:
+            how = how.composed(operands)
+            sums = how.backward_sums(operands, how.moments(operands.x, how.forward(*operands)[1:]), dy)
         return (None, None, None, None, sums.weight, sums.bias)
 
 
@@ -393,7 +400,16 @@ class Apply(torch.autograd.Function):
         saved = ctx.saved_tensors
         operands, moments = Operands(*saved[:4]), Moments(*saved[4:])
         if torch.is_grad_enabled() or seen_through((*saved, dy)):
-            how, behind = how.composed(operands), None
+            return Apply._gradients(ctx, how.composed(operands), None, operands, moments, dy)
+        try:
+            return Apply._gradients(ctx, how, behind, operands, moments, dy)
+        except Closer:
+            return Apply._gradients(ctx, how.composed(operands), None, operands, moments, dy)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, how: How, behind: Any, operands: Operands, moments: Moments, dy: Tensor
+    ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         sums = Sums(*[None] * 4)  # type: ignore[arg-type]
         if any(needs[3:]):
@@ -434,6 +450,9 @@ class Share(torch.autograd.Function):
         how, operands = ctx.how, Operands(x, None, weight, bias)
         if torch.is_grad_enabled() or seen_through((dy, x)):  # differentiated again: by the composition
             with torch.enable_grad():
+                # Each by a name of its own: one may lie behind another, as where a layer is applied twice.
+                x, share, weight, bias = (None if t is None else t.view_as(t) for t in (x, share, weight, bias))
+                operands = Operands(x, None, weight, bias)
                 composed = how.composed(operands)
                 y = composed.apply(operands, composed.statistics(x, None).about(share))
                 given = [t for t in (x, share, weight, bias) if t is not None and t.requires_grad]

@@ -274,9 +274,9 @@ class Norm(nn.Module):
         if own["_sharding"] is None and unwatched(x):
             formula, params = own["_formula"], own["_parameters"]
             kept: list[Any] | None = None
-            if own["eps"] != formula.options.eps:
+            if self.eps != formula.options.eps:
                 formula = self._with_own_eps()
-            if moments is None and own["_buffers"]["running_mean"] is not None:
+            if moments is None and own["_buffers"].get("running_mean") is not None:
                 self._check_kind(x)
                 if not self.training:
                     moments = self._running()
@@ -556,7 +556,7 @@ class Norm(nn.Module):
     def _moved_in_place(self, x: Tensor, packed: Tensor, count: Tensor | None) -> bool:
         """Whether the library has moved the running statistics: plain buffers by a fixed momentum, in one pass."""
         own, cls = self._buffers, type(self)
-        if cls._values is not Norm._values or cls._updated is not Norm._updated or self.momentum is None:
+        if self.momentum is None or any(getattr(cls, name) is not getattr(Norm, name) for name in _TRACKED):
             return False
         if self._collected is not None or torch._C._current_graph_task_id() != -1:
             return False
@@ -871,6 +871,9 @@ def calibrate(
         assert tracked is not None
         tracked.copy_(values[1][1] * seen if tracked.dim() else torch.tensor(seen))
     return model
+
+
+_TRACKED = ("_values", "_updated", "_track", "_set")  # what the library does in one pass
 
 
 def checked_momentum(momentum: float | None) -> float | None:

@@ -52,10 +52,10 @@ class Partition:
     def __init__(self, ids: Tensor, count: int | None = None) -> None:
         if unwatched(ids) and (packed := _grouped(ids, count)) is not None:
             own = self.__dict__
-            own["_ids"], own["count"], own["_packed"] = packed[0], packed[1], packed
+            own["_ids"], own["count"], own["_read"] = packed[0], packed[1], packed
             return
         _check_integers(ids, "ids")
-        ids = ids.detach().to(torch.int64, copy=True)  # a copy: nobody can change it behind our back
+        ids = ids.detach().to(torch.int64, copy=True, memory_format=torch.contiguous_format)  # a copy: nobody can change it behind our back
         least = (int(ids.max()) + 1 if ids.numel() else 0) if count is None else whole(count, "count")
         _check_range(ids, least)
         object.__setattr__(self, "_ids", ids)
@@ -122,15 +122,18 @@ class Partition:
             self.__dict__["_version"] = None if handed.is_inference() else handed._version
         return handed
 
-    @cached_property
+    @property
     def _packed(self) -> Packed | None:
         """What a kernel on CPU reads, checked in one pass; None: there is no library, or no memory to read."""
-        if not unwatched(self._ids):
-            return None
-        packed = _grouped(self._ids, self.count)
-        if packed is None:
-            self.check()
-        return packed
+        own = self.__dict__
+        if "_read" not in own:
+            if not unwatched(self._ids):  # for now: others may ask later
+                return None
+            own["_read"] = _grouped(self._ids.contiguous(), self.count)
+            if own["_read"] is None:
+                self.check()
+        kept: Packed | None = own["_read"]
+        return kept
 
     @cached_property
     def counts(self) -> Tensor:

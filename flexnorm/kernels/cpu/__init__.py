@@ -133,4 +133,5 @@ def backward_dx(
 
 def _given(recipe: Recipe, operands: Operands, moments: Moments) -> tuple[Tensor | None, ...]:
     m = moments.rounded(stat_dtype(operands.x.dtype)).outward(recipe.sets)
-    return m.count, m.mean, m.m2, m.low
+    count = m.count if m.count.is_floating_point() else m.count.to(torch.int64)
+    return count, m.mean, m.m2, m.low

@@ -68,7 +68,10 @@ class Binder {
         for (int d = 0; d < p.dims; ++d) known[d] = 1, open[d] = -1;
         for (int a = 0; a < p.rank; ++a) {
             int d = p.dim_of[a];
-            if (p.told[a] >= 0) known[d] *= size[a] = p.told[a];
+            if (p.told[a] >= 0) {
+                size[a] = p.told[a];
+                if (__builtin_mul_overflow(known[d], size[a], &known[d])) return false;
+            }
             else if (open[d] >= 0) return false;
             else open[d] = a;
         }

@@ -3,6 +3,7 @@
 // An answer of None means that Python has to look closer: it repeats the checks and raises the error in words, or takes
 // another backend. No function of this file raises because of a shape, a dtype or a value.
 #include <cmath>
+#include <exception>
 #include <limits>
 
 #include "entry.h"
@@ -56,7 +57,10 @@ PyObject* pattern(PyObject*, PyObject* const* a, Py_ssize_t n) {
     }
     p.center = PyObject_IsTrue(a[7]), p.scale = PyObject_IsTrue(a[8]), p.activation = PyLong_AsLongLong(a[9]);
     p.labels_merge = PyObject_IsTrue(a[10]), p.eps = PyFloat_AsDouble(a[11]);
-    if (PyErr_Occurred()) return nullptr;
+    if (PyErr_Occurred()) {  // a number that no size can be
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
     return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(&p), sizeof p);
 }
 
@@ -186,9 +190,20 @@ Ready prepare(PyObject* const* a, Prepared& q, bool result, bool params = true) 
     return YES;
 }
 
+// Tables of labels may need more memory than there is; no exception of C++ may reach Python.
+template <class F>
+Ready safely(F f) {
+    try {
+        return f();
+    } catch (const std::exception&) {
+        PyErr_SetString(PyExc_MemoryError, "flexnorm: no memory for the tables of labels");
+        return RAISED;
+    }
+}
+
 #define PREPARE(...)                            \
     Prepared q;                                 \
-    switch (prepare(a, q, __VA_ARGS__)) {       \
+    switch (safely([&] { return prepare(a, q, __VA_ARGS__); })) { \
         case NO: PyErr_Clear(); Py_RETURN_NONE; \
         case RAISED: return nullptr;            \
         case YES: break;                        \
@@ -280,7 +295,7 @@ Ready given(Prepared& q, PyObject* const* a, Given& g) {
 
 #define GIVEN(first)                            \
     Given g;                                    \
-    switch (given(q, a + (first), g)) {         \
+    switch (safely([&] { return given(q, a + (first), g); })) { \
         case NO: PyErr_Clear(); Py_RETURN_NONE; \
         case RAISED: return nullptr;            \
         case YES: break;                        \
@@ -426,6 +441,7 @@ ENTRY(backward_dx, 13)
     TAKE_DY(a[10])
     Ref sums[2];
     Gradients gradients;
+    if ((a[11] == Py_None) != (a[12] == Py_None)) Py_RETURN_NONE;
     for (int i = 0; i < 2; ++i) {
         if (a[11 + i] == Py_None) continue;
         View v;
