@@ -311,6 +311,8 @@ class Formula:
 
     def of_one_stage(self, x: Tensor, params: Sequence[Param], labels: Labels) -> tuple[Formula, list[Param]] | None:
         """Both affine stages as one, from their shapes alone; None: they have to be looked at more closely."""
+        if any(weight is None and bias is None for weight, bias in params):
+            return None
         both = self._stages.get(x.dim())
         if both is None:
             both = self._stages[x.dim()] = _Stages(self, x.dim())

@@ -189,7 +189,9 @@ def seen_through(tensors: Iterable[Tensor | None]) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
         return True
     for t in tensors:
-        if t is not None and (t.is_neg() or _batched(t) or (type(t) is not Tensor and type(t) is not torch.nn.Parameter)):
+        if t is not None and (
+            t.is_neg() or _batched(t) or (type(t) is not Tensor and type(t) is not torch.nn.Parameter)
+        ):
             return True  # a lazy minus sign is not in memory, and who knows what a subclass means
     return derived(tensors)
 
@@ -451,7 +453,8 @@ class Share(torch.autograd.Function):
         if torch.is_grad_enabled() or seen_through((dy, x)):  # differentiated again: by the composition
             with torch.enable_grad():
                 # Each by a name of its own: one may lie behind another, as where a layer is applied twice.
-                x, share, weight, bias = (None if t is None else t.view_as(t) for t in (x, share, weight, bias))
+                x, share = x.view_as(x), share.view_as(share)
+                weight, bias = (None if t is None else t.view_as(t) for t in (weight, bias))
                 operands = Operands(x, None, weight, bias)
                 composed = how.composed(operands)
                 y = composed.apply(operands, composed.statistics(x, None).about(share))

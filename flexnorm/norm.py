@@ -561,6 +561,8 @@ class Norm(nn.Module):
         if self._collected is not None or torch._C._current_graph_task_id() != -1:
             return False
         buffers = own["running_mean"], own["running_var"], own["num_batches_tracked"]
+        if buffers[0] is None or (buffers[0].is_inference() and not torch.is_inference_mode_enabled()):
+            return False
         if library().track(*buffers, self.momentum, packed, count, x.numel()) is None:
             return False
         torch.autograd.graph.increment_version(buffers)  # type: ignore[arg-type]

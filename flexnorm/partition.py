@@ -55,7 +55,9 @@ class Partition:
             own["_ids"], own["count"], own["_read"] = packed[0], packed[1], packed
             return
         _check_integers(ids, "ids")
-        ids = ids.detach().to(torch.int64, copy=True, memory_format=torch.contiguous_format)  # a copy: nobody can change it behind our back
+        ids = ids.detach().to(
+            torch.int64, copy=True, memory_format=torch.contiguous_format
+        )  # a copy: nobody can change it behind our back
         least = (int(ids.max()) + 1 if ids.numel() else 0) if count is None else whole(count, "count")
         _check_range(ids, least)
         object.__setattr__(self, "_ids", ids)

@@ -153,6 +153,29 @@ def test_operands_of_any_layout():
         close(normalize(x.clone(), PATTERN, mask, g=2), by_hand(x, 2, mask))
 
 
+def test_sizes_beyond_64_bits_fit_nothing():
+    for pattern, sizes in (("(a b) -> b", {"a": 3, "b": 6148914691236517206}), ("(a b) -> a", {"a": 2**70})):
+        with pytest.raises(ValueError, match="size"):
+            normalize(torch.randn(2), pattern, **sizes)
+
+
+def test_a_gradient_that_is_a_lazy_conjugate():
+    """Of a layer whose x needs no gradient: sums over parameters alone."""
+    norm, part = Norm("n c -> n", affine="c", c=4), torch.randn(3, 4)
+    x = torch.randn(3, 4)
+    torch.complex(part, norm(x)).conj().abs().pow(2).sum().backward()
+    ours, norm.weight.grad = norm.weight.grad, None
+    (part.square() + norm(x).square()).sum().backward()
+    torch.testing.assert_close(ours, norm.weight.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_counts_of_any_integers(dtype):
+    x, m = torch.randn(2, 3), moments(torch.randn(5, 3), "n c -> c")
+    narrow = type(m)(m.count.to(dtype), m.mean, m.m2, m.low)
+    assert torch.equal(normalize(x, "n c -> c", moments=narrow), normalize(x, "n c -> c", moments=m))
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +216,22 @@ def test_labels_made_without_a_check_are_checked():
     p = torch.utils._pytree.tree_map(lambda t: t + 5 if isinstance(t, torch.Tensor) else t, Partition(torch.arange(3)))
     with pytest.raises(ValueError, match="ids are from 0 to count - 1 = 2"):
         normalize(torch.randn(3, 2), "v c -> k[v] c", k=p)
+
+
+@pytest.mark.parametrize(("first", "second"), [("b[v] c", "c a[v]"), ("a[v] c", "b[v]"), ("b[v]", "b[v] a[v]")])
+def test_two_affine_stages_read_their_own_labels(first, second):
+    made = torch.Generator().manual_seed(0)
+    ids = {name: torch.randint(0, 3, (7,), generator=made) for name in "ab"}
+    x, given = torch.randn(7, 3), torch.randn([3] * len(second.split()))
+    norm = Norm("v c -> a[v]", affine=first, conditional=second, c=3, a=3, b=3)
+    with torch.no_grad():
+        norm.weight.normal_()
+    y = norm(x, weight=given, a=Partition(ids["a"], 3), b=Partition(ids["b"], 3))
+    expected = normalize(x.double(), "v c -> a[v]", a=Partition(ids["a"], 3))
+    for weight, axes in ((norm.weight.detach(), first), (given, second)):
+        order = [{"a[v]": ids["a"][:, None], "b[v]": ids["b"][:, None], "c": torch.arange(3)}[t] for t in axes.split()]
+        expected = expected * weight.double()[tuple(order)]
+    close(y.detach(), expected)
 
 
 def test_a_batch_is_freed_when_the_caller_lets_go():

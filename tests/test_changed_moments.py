@@ -272,6 +272,22 @@ def test_graph_norm_goes_over_x_once(monkeypatch):
     assert len(passes) == (0 if isinstance(cpu.library(), str) else 1)
 
 
+def test_graph_norm_behind_itself():
+    """Parameters that x is made of as well: the way through x counts once, with create_graph and without."""
+    pytest.importorskip("torch_geometric", reason="GraphNorm is PyG's class")
+    from flexnorm.graphs import GraphNorm
+
+    norm, x, ids = GraphNorm(3).double(), torch.randn(7, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1, 0, 0])
+    with torch.no_grad():
+        norm.mean_scale.fill_(0.5), norm.bias.fill_(0.3)
+    first, again = (
+        torch.autograd.grad((norm(norm(x, ids), ids) ** 3).sum(), list(norm.parameters()), create_graph=create)
+        for create in (False, True)
+    )
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(b.detach(), a, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e-2, 0.0), (0.1, 1e4)])
 def test_graph_norm_is_the_formula(scale, offset):
     """Of shares on both sides of 1, against loops in float64, first and second derivatives too."""

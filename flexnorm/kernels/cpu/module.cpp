@@ -490,7 +490,7 @@ PyObject* groups(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
             Py_RETURN_NONE;
         }
     }
-    if (least < 0 || most >= count || count > 4 * n + (1 << 20)) Py_RETURN_NONE;
+    if (least < 0 || most >= count || count > 16 * n + (1 << 22)) Py_RETURN_NONE;
     Ref offsets(fresh({count + 1}, INT64, at_offsets)), order;
     if (!offsets) return nullptr;
     int64_t* ends = reinterpret_cast<int64_t*>(at_offsets);
@@ -505,7 +505,12 @@ PyObject* groups(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
         std::fill_n(ends, count + 1, int64_t(0));
         for (int64_t i = 0; i < n; ++i) ++ends[own[i] + 1];
         for (int64_t g = 0; g < count; ++g) ends[g + 1] += ends[g];
-        std::vector<int64_t> next(ends, ends + count);
+        std::vector<int64_t> next;
+        try {
+            next.assign(ends, ends + count);
+        } catch (const std::bad_alloc&) {
+            return PyErr_NoMemory();
+        }
         int64_t* sorted = reinterpret_cast<int64_t*>(at_order);
         for (int64_t i = 0; i < n; ++i) sorted[next[size_t(own[i])]++] = i;
     }
