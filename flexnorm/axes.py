@@ -163,12 +163,12 @@ def _split(spec: Spec, group: Group, size: int, known: dict[str, int], received:
 def bind(spec: Spec, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...] = ()) -> Axes:
     """Gives every axis of the left side its size in a tensor of this shape. `sizes` are those that the user told."""
     if all(type(size) is int for size in shape):
-        return _bound(spec, shape, sizes)
-    return _bound.__wrapped__(spec, shape, sizes)  # a tracer's symbols cannot be kept
+        return _bound(spec, shape, sizes, spec.text)
+    return _bound.__wrapped__(spec, shape, sizes, spec.text)  # a tracer's symbols cannot be kept
 
 
 @lru_cache(maxsize=4096)
-def _bound(spec: Spec, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...]) -> Axes:
+def _bound(spec: Spec, shape: tuple[int, ...], sizes: tuple[tuple[str, int], ...], text: str) -> Axes:
     known = solve(spec, dict(sizes))
     told = dict(known)
     elements = spec.x.elements

@@ -49,11 +49,11 @@ def in_parts(formula: Formula) -> Formula:
     kept = (
         _in_parts if all(type(size) is int for _, size in formula.sizes) else _in_parts.__wrapped__
     )  # a symbol is not
-    return kept(formula.spec, Options(o.center, o.scale, o.eps), formula.sizes)
+    return kept(formula.spec, Options(o.center, o.scale, o.eps), formula.sizes, formula.spec.text)
 
 
 @lru_cache(maxsize=1024)
-def _in_parts(spec: Spec, options: Options, sizes: tuple[tuple[str, int], ...]) -> Formula:
+def _in_parts(spec: Spec, options: Options, sizes: tuple[tuple[str, int], ...], text: str) -> Formula:
     return Formula(spec.in_parts(), options, (), dict(sizes))
 
 

@@ -237,14 +237,23 @@ def _typed(
 
 
 def _formula(spec: Spec, options: Options, params: Expr | None, sizes: tuple[tuple[str, int], ...]) -> Formula:
-    """The same formula for the same arguments, as it keeps what is worked out for them."""
-    if torch.compiler.is_compiling():
-        return _kept_formula.__wrapped__(spec, options, params, sizes)
-    return _kept_formula(spec, options, params, sizes)
+    """The same formula for the same arguments, because it keeps what is worked out for them.
+
+    Two spellings of a pattern are equal, and yet two formulas: an error shows what this user typed.
+    """
+    kept = _kept_formula.__wrapped__ if torch.compiler.is_compiling() else _kept_formula
+    return kept(spec, options, params, sizes, spec.text, None if params is None else params.text)
 
 
 @lru_cache(maxsize=1024)
-def _kept_formula(spec: Spec, options: Options, params: Expr | None, sizes: tuple[tuple[str, int], ...]) -> Formula:
+def _kept_formula(
+    spec: Spec,
+    options: Options,
+    params: Expr | None,
+    sizes: tuple[tuple[str, int], ...],
+    text: str,
+    params_text: str | None,
+) -> Formula:
     return Formula(spec, options, () if params is None else (params,), dict(sizes))
 
 

@@ -618,3 +618,20 @@ def test_draw():
     assert draw("n", [(1, 1)]) == "    n\n     ^"
     assert draw("n\tc", [(2, 3), (0, 1)]) == "    n c\n    ^ ^"
     assert draw("n c", []) == "    n c"
+
+
+@pytest.mark.parametrize("given", [{}, {"affine": "c  "}, {"g": 2}])
+def test_an_error_shows_the_pattern_as_this_call_has_it(given):
+    # Equal patterns share what is worked out for them, and never their spelling.
+    for spelling in ("n c->n", "n  c  ->  n", " n c -> n"):
+        text = spelling.replace("c", "(g c)") if "g" in given else spelling
+        with pytest.raises(ShapeError) as caught:
+            normalize(torch.zeros(2, 3, 4), text, **given)
+        assert f"  {text}\n" in str(caught.value)
+
+
+def test_complex_values_show_it_too():
+    for spelling in ("n c->n", "n  c  ->  n"):
+        with pytest.raises(ShapeError) as caught:
+            normalize(torch.zeros(2, 3, 4, dtype=torch.complex64), spelling)
+        assert f"  {spelling}\n" in str(caught.value)
