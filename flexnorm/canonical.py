@@ -29,23 +29,37 @@ from .spec import Lookup
 
 Kind = Literal["one", "each", "table"]
 
-# A cut decides in which order a set is summed. So it may not read what does not belong to a set (design: a set has one
-# order of summation): what such an axis counts as, whatever its size.
-SAMPLES = 16  # along the first axis, where it is kept and nobody told its size
+# A cut decides in which order a set is summed. So it may not read what does not belong to a set: what such an axis
+# counts as, whatever its size.
+SAMPLES = 4  # along the first axis, where it is kept and nobody told its size
 KEPT = 64  # along any other kept axis whose size nobody told
 MEMBERS = 256  # along a pooled axis that a mask covers, or that a label reads together with others
-LABELLED = SAMPLES * MEMBERS  # along one that a label reads alone: so many members of so many sets
 GROUPS = 16  # values of a label
+LABELLED = GROUPS * MEMBERS  # along an axis that a label reads alone: so many members of so many sets
 
-# Work per element, in units of one vectorized pass over it. They only rank cuts, so their ratios matter.
-ROW = 10.0  # to begin a row
-SHORT_RUN = 1.5  # to sum runs of columns too short for a vector, where too few rows share the columns
-LONG = 16  # columns that fill a vector
-RUN = 4.0  # to begin a run of columns
-WIDE = 4096  # columns whose sums leave the first cache
-MANY = 4  # rows that pay for a sum per column
-ENTRY = 0.5  # to read an entry of a table, of which a tenth is left however many rows share it
+# Work per element, of forward and backward, in units of about 6 ns. They only rank cuts, so their ratios matter.
+RANGE = 25.0  # to begin a range
+ROW = 35.0  # to begin a row that is summed in runs
+TILED = 10.0  # to begin one that is summed column by column
+RUN = 15.0  # to begin a run of columns
+SCATTER = 3.0  # to sum columns that lie anywhere, one after another
+FOLD = 5.0  # to add the sums of a column to those of its set: once for all rows that share it
+ENTRY = 0.5  # to make an entry of a table, or to look one up for all rows
+LOOKUP = 0.8  # to look up the parameters of every column at every row
 LABEL = 4.0  # to make an entry from labels, which may be others at the next call
+SPREAD = 0.12  # to write the parameters of runs along the columns
+BLOCK = 1.0  # to have another table every few rows
+LINES = 0.05  # to sum columns whose sums leave the first cache
+WIDE = 4096  # so many columns
+
+# As in kernels/cpu/walk.h.
+MANY = 4  # rows that pay for a sum per column
+SPLIT = 256  # a run of columns so long is summed by itself, whatever the rows
+SHORT = 8  # shorter ones are not, however few rows share their columns
+LONG = 16  # columns of a run that pay for looking for its end
+CHUNK = 1 << 16  # elements of a set that are summed before they are merged with the next
+ROWS_OF_EACH = 1024  # rows that are, where every column has a set of its own
+ROWS = 512  # where runs of columns have, at most
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,11 @@ class Form:
         segments_at: the place of `segments` among `outer` (groups) and among `inner` (elements), outermost is 0.
         sets, mask, params: how these depend on the column.
         param_label: numbers that labels add to the parameter of a row, read at the steps `param_label`.
+        few: few rows share the columns, so sums of every column do not pay.
+        apart: a label of the first axis is read along the columns. Samples are packed along it: whether members of a
+            set lie side by side depends on how these are sorted, so no sum may depend on it.
+        shared: all rows of a range have the same parameters.
+        chunk: rows that are summed before they are merged with the next; 0: so many as have CHUNK elements.
         injective: within a range every element has a parameter of its own.
         copied: x has no contiguous axis, or overlaps itself: kernels need a copy with the strides of y.
     """
@@ -128,6 +147,10 @@ class Form:
     mask: Column
     params: Column
     param_label: Tensor | None
+    few: bool
+    apart: bool
+    shared: bool
+    chunk: int
     injective: bool
     copied: bool
 
@@ -182,7 +205,7 @@ class _Operand:
         for term, step in steps.items():
             if isinstance(term, Lookup):
                 label, read = sets.labels[term.label], axes.places(term.axes)
-                ids = label._ids.permute(sorted(range(len(read)), key=read.__getitem__))
+                ids = label.ids.permute(sorted(range(len(read)), key=read.__getitem__))
                 self.labels.append(_Label(tuple(sorted(read)), ids, label.count, step))
 
 
@@ -260,33 +283,54 @@ class _Cutter:
     def cost(self, place: int) -> float:
         """Work per element, beside the passes over x that all cuts share. It reads counts, and no size."""
         rows, columns = self.order[:place], self.order[place:]
-        width, total = self.count(columns), max(1, self.count(self.order))
-        work = ROW / max(1, width)
-        side_by_side = self.count(axis for axis in columns if axis not in self.unknown)
-        share = self.share(rows, columns)
-        run = self.run(self.sets, columns)
-        if run < min(LONG, width) and share < MANY:
-            work += SHORT_RUN
+        width, total = max(1, self.count(columns)), max(1, self.count(self.order))
+        share, run, kind = self.share(rows, columns), self.run(self.sets, columns), self.kind(self.sets, columns)
+        if kind == "table" and 0 in columns and 0 in self.unknown:
+            return math.inf  # how samples lie beside each other is not the layout of a set
+        by_column = kind == "each" or (kind == "table" and run < (SHORT if share < MANY else SPLIT))
+        work = (TILED if by_column else ROW) / width + RANGE / (width * share)
+        if kind == "table":
+            work += RUN / run if not by_column else SCATTER if share < MANY else FOLD / share
         for operand in self.operands:
             kind = self.kind(operand, columns)
-            work += ENTRY * 0.1 * (kind != "one" and side_by_side > WIDE and operand is not self.mask)
             if kind == "table":
                 blocks = self.blocks(operand, rows, columns)
                 labelled = any(set(label.axes) & set(columns) for label in operand.labels)
-                work += (LABEL if labelled else ENTRY) * self.count(blocks) * width / total + len(blocks)
-                own = self.run(operand, columns)
-                in_runs = own >= LONG and operand is not self.mask
-                work += RUN / own if in_runs else ENTRY * max(0.1, 1 / max(1, share))
+                work += (LABEL if labelled else ENTRY) * self.count(blocks) * width / total + BLOCK * len(blocks)
+                if operand is self.mask:
+                    work += ENTRY
+                elif operand is self.params and by_column:
+                    work += ENTRY * max(0.1, 1 / share)
+                elif operand is self.params:
+                    own = self.run(operand, columns)
+                    work += RUN / own + SPREAD if own >= LONG else LOOKUP
+            if kind != "one" and operand is not self.mask:
+                work += LINES * (self.count(axis for axis in columns if axis not in self.unknown) > WIDE)
         return work
 
     def share(self, rows: Sequence[int], columns: Sequence[int]) -> int:
-        """Rows of a range."""
-        consumed = self.consumed(rows, columns)
+        """Rows of a range that have the same sets along the columns."""
+        blocks = self.blocks(self.sets, rows, columns)
+        consumed = [axis for axis in self.consumed(rows, columns) if axis not in blocks]
         labels = [label for label in self.sets.labels if not set(label.axes) & set(columns)]
         groups = self.count(axis for axis in consumed if self.sets.steps[axis]) * GROUPS ** len(labels)
-        pooled = [axis for axis in rows if axis not in consumed and not self.sets.steps[axis]]
-        rows_of_a_set: int = max(1, self.count(consumed) // max(1, groups))
-        return self.count(pooled) * rows_of_a_set
+        pooled = [axis for axis in rows if not (axis in consumed or axis in blocks or self.sets.steps[axis])]
+        return self.count(pooled) * max(1, self.count(consumed) // max(1, groups))
+
+    def shared(self, within: Sequence[int]) -> bool:
+        """Whether no axis of the rows of a range leads to other parameters."""
+        if self.params is None:
+            return True
+        read = {axis for label in self.params.labels for axis in label.axes}
+        return not any(axis in read or self.params.steps[axis] for axis in within if self.counts[axis] != 1)
+
+    def chunk(self, columns: Sequence[int]) -> int:
+        kind = self.kind(self.sets, columns)
+        if kind == "one":
+            return 0
+        if kind == "each":
+            return ROWS_OF_EACH
+        return min(ROWS, max(64, CHUNK // self.run(self.sets, columns) // 64 * 64))
 
     def run(self, operand: _Operand, columns: Sequence[int]) -> int:
         """Columns that follow one another and for which the operand is one."""
@@ -338,6 +382,10 @@ class _Cutter:
             mask=ONE if self.mask is None else self.column(self.mask, columns, []),
             params=ONE if self.params is None else self.column(self.params, columns, param_blocks),
             param_label=param_label,
+            few=self.share(rows, columns) < MANY,
+            apart=0 in columns and any(0 in label.axes for label in self.sets.labels),
+            shared=self.shared([*inner, *consumed]),
+            chunk=self.chunk(columns),
             injective=self.params is not None and all(self.params.steps[axis] for axis in within),
             copied=self.copied,
         )

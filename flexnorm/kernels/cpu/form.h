@@ -27,6 +27,7 @@ struct Column {
     int64_t mean_run;        // columns of a run
     int64_t blocks;          // of the table
     int64_t even;            // eight divides the columns of every run
+    int64_t shortest, longest;  // columns of a run, of all blocks
 };
 
 struct Form {
@@ -44,6 +45,12 @@ struct Form {
     int64_t mask_kind, center, scale, activation;
     double eps;
     double count;  // of every set, 0 if they differ
+    // What decides how a set is summed: it depends on no size that is not the set's own (canonical.py). So does the kind
+    // of the mask, also where none is given.
+    int64_t few;     // few rows share the sums of a column
+    int64_t apart;   // members of a set lie side by side along the columns or not, as ids are sorted: there are no runs
+    int64_t shared;  // all rows of a range have the same parameters
+    int64_t chunk;   // rows of a chunk; 0 where one set has all elements of a range, of which a chunk has CHUNK
 };
 
 struct Call {

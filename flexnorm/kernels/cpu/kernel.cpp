@@ -1,8 +1,10 @@
 // The kernels of the canonical form, compiled once for every vector width (ARCH is the name of one).
 //
-// A closed range that fits into a cache is read once: statistics, then y, while it is still there. A larger one is cut
-// into chunks of rows and columns whose partial moments are merged in order. Chunks do not depend on the number of
-// threads, and so neither do results.
+// A closed range that fits into a cache is read once: statistics, then y, while it is still there. A larger one is shared
+// by all threads.
+//
+// A set has one order of summation, which is its own: its members are summed in chunks of so many that are inside of the
+// mask, and the moments of chunks are merged in order. Who sums a chunk, and what lies beside it, changes no bit.
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -18,8 +20,8 @@
 
 namespace ARCH {
 
-constexpr int64_t LARGE = 1 << 18;   // elements of a range that is cut: 1 MiB of float32, the second cache of a core
-constexpr int64_t CHUNK = 1 << 16;   // elements of a chunk
+constexpr int64_t LARGE = 1 << 18;   // elements of a range that is shared: 1 MiB of float32, the second cache of a core
+constexpr int64_t CHUNK = 1 << 16;   // elements of a chunk, and of what a thread takes of a range that is shared
 constexpr int64_t GRAIN = 1 << 15;   // elements that pay for waking a thread (5 us)
 constexpr int64_t STREAM = 1 << 24;  // bytes of a result that is written past the caches
 constexpr double FAR = 17;           // times that M2 may have been added, before the shift was too far away: 4 sigma
@@ -94,38 +96,48 @@ struct Sums {
     Sums at(int64_t i) const { return {n + i, shift + i, s + i, q + i, added + i}; }
 
     void clear(int64_t count, bool keep_shift) const {
-        fill(n, count, 0.0), fill(s, count, 0.0), fill(q, count, 0.0), fill(added, count, 0.0);
+        for (double* sum : {n, s, q, added})
+            if (count == 1) *sum = 0;
+            else fill(sum, count, 0.0);
         if (!keep_shift) fill(shift, count, 0.0);
     }
 
     // The most times that M2 of a set had been added.
     double close(int64_t count) const {
         double *RESTRICT n = this->n, *RESTRICT s = this->s, *RESTRICT q = this->q, *RESTRICT added = this->added;
-        double most = 0;
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < count; ++i) {
+        auto one = [=](int64_t i) INLINE_LAMBDA {
             double d = s[i] / (n[i] > 0 ? n[i] : 1.0), rest = q[i] - s[i] * d;
             double times = std::max(q[i], added[i]) / (rest > 0 ? rest : q[i] > 0 ? 1e-300 : 1.0);
             added[i] = times;
-            most = times > most ? times : most;
             s[i] = d;
             q[i] = rest < 0 ? 0 : rest;
+            return times;
+        };
+        if (count == 1) return one(0);
+        double most = 0;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < count; ++i) {
+            double times = one(i);
+            most = times > most ? times : most;
         }
         return most;
     }
 
-    // Chan, Golub, LeVeque 1979; both closed.
-    void merge(int64_t i, const Sums& other, int64_t j) const {
-        double m = other.n[j];
-        if (!(m > 0)) return;
-        if (!(n[i] > 0)) {
-            n[i] = m, shift[i] = other.shift[j], s[i] = other.s[j], q[i] = other.q[j];
-            return;
+    // Adds those of others to sets begin..end, both closed (Chan, Golub, LeVeque 1979).
+    void merge(const Sums& others, int64_t begin, int64_t end) const {
+        double *RESTRICT n = this->n, *RESTRICT shift = this->shift, *RESTRICT s = this->s, *RESTRICT q = this->q;
+        const double *RESTRICT n2 = others.n, *RESTRICT shift2 = others.shift, *RESTRICT s2 = others.s;
+        const double* RESTRICT q2 = others.q;
+        SIMD for (int64_t i = begin; i < end; ++i) {
+            double m = n2[i - begin], total = n[i] + m, part = m / (m > 0 ? total : 1.0);
+            double delta = (shift2[i - begin] - shift[i]) + (s2[i - begin] - s[i]);
+            double mean = s[i] + delta * part, squares = q[i] + (q2[i - begin] + delta * delta * (n[i] * part));
+            const bool first = !(n[i] > 0), none = !(m > 0);
+            shift[i] = first && !none ? shift2[i - begin] : shift[i];
+            s[i] = none ? s[i] : first ? s2[i - begin] : mean;
+            q[i] = none ? q[i] : first ? q2[i - begin] : squares;
+            n[i] = none ? n[i] : total;
         }
-        double delta = (other.shift[j] - shift[i]) + (other.s[j] - s[i]), total = n[i] + m;
-        s[i] += delta * (m / total);
-        q[i] += other.q[j] + delta * delta * (n[i] * m / total);
-        n[i] = total;
     }
 };
 
@@ -142,6 +154,12 @@ struct Sets {
     }
 };
 
+// Of what a mask of a call says along columns begin..end: the first that is inside, and the end of the last.
+struct Window {
+    uint64_t call;
+    int64_t mask, begin, end, first, last;
+};
+
 // Buffers of one thread.
 template <class T>
 class Scratch {
@@ -154,6 +172,10 @@ class Scratch {
     const T* lanes_of = nullptr;  // whose values are in `lane`, of which columns, and how many fields
     int64_t lanes_block, lanes_k, lanes_fields;
     T lane[6][NARROW], a[NARROW], d[NARROW], scaled[2][WIDE];
+    Flow<T> flow;
+    T held[3][WIDE];  // x, dz and weights of members that lie apart
+    int64_t n_held = 0;
+    Window window{};
     double column[5][NARROW];
     Sums columns{column[0], column[1], column[2], column[3], column[4]};
     // Of those of a span.
@@ -171,9 +193,11 @@ class Scratch {
                 v + 3 * n, v + 4 * n, v + 5 * n, v + 6 * n, v + 7 * n};
     }
 
-    Sums wide_columns(int64_t n) {
-        wide.reserve(5 * n);
-        double* d = wide.data();
+    Sums wide_columns(int64_t n) { return sums(wide, n); }
+    Sums chunk(int64_t n) { return sums(of_chunk, n); }
+    static Sums sums(Array<double>& memory, int64_t n) {
+        memory.reserve(5 * n);
+        double* d = memory.data();
         return {d, d + n, d + 2 * n, d + 3 * n, d + 4 * n};
     }
 
@@ -184,7 +208,7 @@ class Scratch {
     }
 
    private:
-    Array<double> doubles, wide;
+    Array<double> doubles, wide, of_chunk;
     Array<T> values;
 };
 
@@ -196,13 +220,9 @@ class Kernel {
           y(static_cast<S*>(call.y)), weight(static_cast<const T*>(call.weight)),
           bias(static_cast<const T*>(call.bias)), bytes(static_cast<const uint8_t*>(call.mask)),
           weights(static_cast<const T*>(call.mask)), streams(form.numel * int64_t(sizeof(S)) > STREAM && (form.columns >= TILE || form.columns % 16 == 0)),
-          leaves_dz(Same::value && form.activation && call.what == BACKWARD), broken(form.sets.kind == TABLE && !form.sets.even) {
-        one_param = f.param_label == nullptr;
-        auto check = [&](const Dim* dims, int64_t n) {
-            for (int64_t d = 0; d < n; ++d) one_param = one_param && !dims[d].step[PARAM] && !dims[d].step[PARAM_BLOCK];
-        };
-        check(f.inner, f.n_inner), check(f.segment, f.n_segment);
-    }
+          leaves_dz(Same::value && form.activation && call.what == BACKWARD), broken(form.sets.kind == TABLE && !form.sets.even),
+          one_param(form.shared), masked_along(form.mask.kind != ONE),
+          members(form.mask_kind == MEMBERSHIP && !masked_along ? bytes : nullptr) {}
 
     void run() {
         if (c.what >= BACKWARD) reserve_slots();
@@ -238,6 +258,14 @@ class Kernel {
 
     struct Part {  // of a range: rows r0..r1, columns k0..k1
         int64_t r0, r1, k0, k1;
+    };
+
+    struct Inside {  // rows of which something is inside of the mask; of those of nobody, all
+        const Kernel* kernel = nullptr;
+        const uint8_t* members = nullptr;
+
+        bool all() const { return !members && !(kernel && kernel->masked_along && kernel->f.mask_kind == MEMBERSHIP); }
+        bool operator()(int64_t mask) const { return members ? members[mask] != 0 : kernel->is_inside(mask); }
     };
 
     struct Params {
@@ -286,19 +314,26 @@ class Kernel {
         return {{sets.high[id]}, {sets.r[id]}, {sets.c[id]}};
     }
 
+    // Whether all threads share a range. Where it is one chunk they would wait for each other, so they take several ranges.
+    bool is_large(const Range& range, int64_t ranges) const {
+        bool alone = f.sets.kind == TABLE && range.rows <= 4 * f.chunk && ranges >= 4;
+        return range.rows * f.columns > LARGE && !alone;
+    }
+
     std::vector<Task> cut() const {
         std::vector<Task> tasks;
         int64_t n = walk.ranges(), filled = 0, begin = 0;
         if (walk.uniform()) {
             int64_t each = std::max<int64_t>(1, walk.inner * f.columns);
-            bool big = each > LARGE;
+            bool big = n && is_large(walk.range(0), n);
             int64_t step = big ? 1 : std::max<int64_t>(1, GRAIN / each);
             for (int64_t r = 0; r < n; r += step) tasks.push_back({r, std::min(r + step, n), big});
             return tasks;
         }
         for (int64_t r = 0; r < n; ++r) {
-            int64_t size = walk.range(r).rows * f.columns;
-            bool big = size > LARGE;
+            const Range range = walk.range(r);
+            int64_t size = range.rows * f.columns;
+            bool big = is_large(range, n);
             if (filled && (big || filled + size > GRAIN)) {
                 tasks.push_back({begin, r, false});
                 filled = 0;
@@ -311,6 +346,103 @@ class Kernel {
         }
         if (filled) tasks.push_back({begin, n, false});
         return tasks;
+    }
+
+    // --- chunks
+
+    // Whether a range is surely one chunk.
+    bool is_chunk(const Range& range) const {
+        return f.chunk ? range.rows <= f.chunk : range.rows * f.columns <= CHUNK;
+    }
+
+    // The chunks of a range, in order. Of one set, they have CHUNK members and the rest of a row; a row of more members is cut.
+    // Else they have so many rows. Rows outside of the mask are not counted. Rows of several blocks are not cut within one,
+    // where a block has no more rows than a chunk.
+    std::vector<Part> chunks(const Range& range) const {
+        std::vector<Part> parts;
+        if (is_chunk(range)) return {{0, range.rows, 0, f.columns}};
+        if (!f.chunk && (f.mask_kind == MEMBERSHIP && masked_along)) return chunks_of_members(range);
+        if (!f.chunk && f.columns > CHUNK) {
+            for (int64_t r = 0; r < range.rows; ++r)
+                for (int64_t k = 0; k < f.columns; k += CHUNK) parts.push_back({r, r + 1, k, std::min(k + CHUNK, f.columns)});
+            return parts;
+        }
+        const int64_t limit = f.chunk ? f.chunk : (CHUNK + f.columns - 1) / f.columns;
+        int64_t block = walk.rows_of_block(range);
+        if (block < range.rows && block <= limit) {
+            // Partial sums of all sets take no more memory than x.
+            int64_t least = std::max(limit, 8 * f.sets.count / f.columns), height = std::max<int64_t>(1, least / block) * block;
+            for (int64_t r = 0; r < range.rows; r += height) parts.push_back({r, std::min(r + height, range.rows), 0, f.columns});
+            return parts;
+        }
+        for (int64_t b = 0; b < range.rows; b += block) {
+            const int64_t stop = std::min(b + block, range.rows);
+            int64_t r = b, inside = 0, row = b;
+            if (f.mask_kind != MEMBERSHIP)
+                for (; r + limit < stop; r += limit) parts.push_back({r, r + limit, 0, f.columns});
+            else
+                walk.masks(range, b, stop, [&](int64_t at, int64_t step, int64_t n) {
+                    for (int64_t i = 0; i < n; ++i, ++row) {
+                        if (!is_inside(at + i * step)) continue;
+                        if (inside == limit) {
+                            parts.push_back({r, row, 0, f.columns});
+                            r = row, inside = 0;
+                        }
+                        ++inside;
+                    }
+                });
+            parts.push_back({r, stop, 0, f.columns});
+        }
+        return parts;
+    }
+
+    std::vector<Part> chunks_of_members(const Range& range) const {
+        std::vector<Part> parts;
+        int64_t begin = 0, row = 0, filled = 0, last = -1, inside = 0;
+        auto close = [&](int64_t end) {
+            if (begin < end) parts.push_back({begin, end, 0, f.columns});
+            begin = end, filled = 0;
+        };
+        walk.masks(range, 0, range.rows, [&](int64_t at, int64_t step, int64_t n) {
+            for (int64_t i = 0; i < n; ++i, ++row) {
+                int64_t own = at + i * step;
+                if (own != last) inside = count(own, 0, f.columns), last = own;
+                if (inside <= CHUNK) {
+                    if ((filled += inside) >= CHUNK) close(row + 1);
+                    continue;
+                }
+                close(row);
+                for (int64_t k = 0, next; k < f.columns; k = next) {
+                    int64_t some = 0;
+                    for (next = k; next < f.columns && some < CHUNK;) {
+                        int64_t more = std::min(CHUNK - some, f.columns - next);
+                        some += count(own, next, next + more), next += more;
+                    }
+                    parts.push_back({row, row + 1, k, next});
+                }
+                begin = row + 1;
+            }
+        });
+        close(range.rows);
+        return parts;
+    }
+
+    // Whether something of a row is inside, of which the mask lies there.
+    bool is_inside(int64_t mask) const {
+        if (f.mask_kind != MEMBERSHIP) return true;
+        if (members) return members[mask];
+        if (f.sets.kind == ONE) return true;
+        for (int64_t k = 0; k < f.columns; ++k)
+            if (bytes[mask + (f.mask.kind == EACH ? k : f.mask.table[k])]) return true;
+        return false;
+    }
+
+    // Columns begin..end that the mask of a row says to be.
+    int64_t count(int64_t mask, int64_t begin, int64_t end) const {
+        if (f.mask.kind == EACH) return ARCH::members(bytes + mask + begin, end - begin);
+        int64_t n = 0;
+        for (int64_t k = begin; k < end; ++k) n += bytes[mask + f.mask.table[k]] != 0;
+        return n;
     }
 
     // --- ranges
@@ -330,7 +462,16 @@ class Kernel {
             };
             if (f.order && begin < end) fetch_rows(walk.range(begin));
             if (c.what == FORWARD || c.what == STATISTICS) {
-                each([&](const Range& range, const Part& all, const Sets<T>& of) { sum(own, of.sums, range, all); });
+                each([&](const Range& range, const Part& all, const Sets<T>& of) {
+                    if (is_chunk(range)) return sum(own, of.sums, range, all);
+                    const std::vector<Part> parts = chunks(range);
+                    sum(own, of.sums, range, parts[0]);
+                    Sums more = own.chunk(count);
+                    for (size_t p = 1; p < parts.size(); ++p) {
+                        sum(own, more, range, parts[p]);
+                        of.sums.merge(more, 0, count);
+                    }
+                });
                 write(sets, ranges, n, 0, count);
             } else
                 read(sets, ranges, n, 0, count);
@@ -340,7 +481,13 @@ class Kernel {
             if (c.what != BACKWARD_DX) {
                 fill(sets.sg, n * count, 0.0), fill(sets.sgx, n * count, 0.0);
                 each([&](const Range& range, const Part& all, const Sets<T>& of) {
-                    dots(own, of, of.sg, of.sgx, 0, range, all, slot);
+                    if (is_chunk(range)) return dots(own, of, of.sg, of.sgx, 0, range, all, slot);
+                    Sums more = own.chunk(count);
+                    for (const Part& part : chunks(range)) {
+                        fill(more.s, count, 0.0), fill(more.q, count, 0.0);
+                        dots(own, of, more.s, more.q, 0, range, part, slot);
+                        for (int64_t i = 0; i < count; ++i) of.sg[i] += more.s[i], of.sgx[i] += more.q[i];
+                    }
                 });
                 write_dots(sets, ranges, n, 0, count);
             } else
@@ -352,20 +499,15 @@ class Kernel {
 
     void large(const Range& range, int64_t threads) {
         bool leaves = std::exchange(leaves_dz, false);
+        int64_t count = f.sets.count;
+        const bool each = f.sets.kind == EACH;  // then a part knows the sets of its own columns only
         std::vector<Part> parts;
-        // Sums per column want many rows, sums of runs long ones.
-        bool tall = walk.by_column(range.rows);
-        int64_t size = range.rows * f.columns, chunk = CHUNK;
-        // A part keeps sums of all sets of the range; together they take no more memory than x.
-        if (f.sets.kind == TABLE) chunk = std::max(chunk, size / std::max<int64_t>(2, size / (8 * f.sets.count)));
-        chunk = (chunk + 63) / 64 * 64;
-        int64_t width = std::min(f.columns, tall ? std::max(TILE, chunk / range.rows) : chunk);
-        int64_t height = std::max<int64_t>(1, chunk / width);
-        for (int64_t r = 0; r < range.rows; r += height)
-            for (int64_t k = 0; k < f.columns; k += width)
-                parts.push_back({r, std::min(r + height, range.rows), k, std::min(k + width, f.columns)});
-        int64_t n = parts.size(), count = f.sets.count;
-        bool each = f.sets.kind == EACH;  // then a part knows the sets of its own columns only
+        for (const Part& chunk : chunks(range)) {
+            int64_t width = each ? std::max(TILE, CHUNK / (chunk.r1 - chunk.r0) / 64 * 64) : f.columns;
+            for (int64_t k = chunk.k0; k < chunk.k1; k += width)
+                parts.push_back({chunk.r0, chunk.r1, k, std::min(k + width, chunk.k1)});
+        }
+        const int64_t n = parts.size();
         Own& own = Own::here();
         Sets<T> all = own.sets(count);
         auto sets = [&](auto&& body) {  // body(begin, end)
@@ -378,24 +520,30 @@ class Kernel {
             std::vector<Array<double>> memory(n);
             std::vector<Sums> sums(n);
             parallel(threads, n, [&](int64_t p) {
-                int64_t own = last(p) - first(p);
-                memory[p].reserve(5 * own);
-                double* d = memory[p].data();
-                sums[p] = {d, d + own, d + 2 * own, d + 3 * own, d + 4 * own};
+                sums[p] = Own::sums(memory[p], last(p) - first(p));
                 sum(Own::here(), sums[p], range, parts[p]);
             });
             all.sums.clear(count, false);
             sets([&](int64_t begin, int64_t end) {
-                for (int64_t p = 0; p < n; ++p)
-                    for (int64_t i = std::max(begin, first(p)); i < std::min(end, last(p)); ++i)
-                        all.sums.merge(i, sums[p], i - first(p));
+                for (int64_t p = 0; p < n; ++p) {
+                    int64_t from = std::max(begin, first(p)), to = std::min(end, last(p));
+                    if (from < to) all.sums.merge(sums[p].at(from - first(p)), from, to);
+                }
                 write(all, &range, 1, begin, end);
             });
         } else
             sets([&](int64_t begin, int64_t end) { read(all, &range, 1, begin, end); });
+        // What is worked out element by element is shared in any way.
+        std::vector<Part> shares;
+        int64_t width = std::min(f.columns, std::max(TILE, f.sets.kind == ONE ? CHUNK : CHUNK / range.rows / 64 * 64));
+        int64_t height = std::max<int64_t>(1, CHUNK / width);
+        for (int64_t r = 0; r < range.rows; r += height)
+            for (int64_t k = 0; k < f.columns; k += width)
+                shares.push_back({r, std::min(r + height, range.rows), k, std::min(k + width, f.columns)});
+        const int64_t n_shares = shares.size();
         if (c.what == FORWARD || c.what == APPLY)
-            parallel(threads, n, [&](int64_t p) {  // backwards: the last parts may still be in a cache
-                apply(Own::here(), all, range, parts[n - 1 - p]);
+            parallel(threads, n_shares, [&](int64_t p) {  // backwards: the last may still be in a cache
+                apply(Own::here(), all, range, shares[n_shares - 1 - p]);
                 Past<T>::done();
             });
         if (c.what < BACKWARD) return;
@@ -403,15 +551,15 @@ class Kernel {
         bool alone = f.injective && !wants_mask();
         bool lanes_before = lane_sums_of_params;
         if (alone) lane_sums_of_params = false;  // whose rows one thread counts
-        int64_t slots = alone || !wants_slots() ? n : std::min(n_slots, n);
-        auto by_slot = [&](auto&& body) {  // body(part, slot)
+        auto by_slot = [&](int64_t n, auto&& body) {  // body(part, slot)
+            int64_t slots = alone || !wants_slots() ? n : std::min(n_slots, n);
             parallel(threads, slots, [&](int64_t s) {
                 for (int64_t p = s * n / slots; p < (s + 1) * n / slots; ++p) body(p, alone ? 0 : s);
             });
         };
         if (c.what != BACKWARD_DX) {
             std::vector<Array<double>> sums(n);
-            by_slot([&](int64_t p, int64_t slot) {
+            by_slot(n, [&](int64_t p, int64_t slot) {
                 int64_t own = last(p) - first(p);
                 sums[p].reserve(2 * own);
                 fill(sums[p].data(), 2 * own, 0.0);
@@ -429,29 +577,52 @@ class Kernel {
         } else
             sets([&](int64_t begin, int64_t end) { read_dots(all, &range, 1, begin, end); });
         if (c.what != BACKWARD_SUMS)
-            by_slot([&](int64_t p, int64_t slot) {
-                gradients(Own::here(), all, range, parts[n - 1 - p], slot);
+            by_slot(n_shares, [&](int64_t p, int64_t slot) {
+                gradients(Own::here(), all, range, shares[n_shares - 1 - p], slot);
                 Past<T>::done();
             });
         lane_sums_of_params = lanes_before;
         leaves_dz = leaves;
     }
 
-    // A part of a range, either in tiles of columns for many rows (tile(rows, how many, block, k, n)), or row by row in spans
-    // of runs that meet one set each (span(row, block, k, n)). Sums per column pay where rows share them, or where runs
-    // are short.
+    // A part of a range: tiles of columns of many rows (tile(rows, how many, block, k, n)), and spans of runs of one row
+    // (span(row, block, k, n, whether its last run ends there)). With `inside`, only what the mask says to be.
     template <class Tile, class Span>
-    void pieces(const Range& range, const Part& part, Tile&& tile, Span&& span) const {
-        walk.rows(range, part.r0, part.r1, [&](const Row* rows, int64_t n_rows) {
-            int64_t block = rows[0].at[SET_BLOCK];
-            if (walk.by_column(n_rows)) {
-                for (int64_t k = part.k0; k < part.k1; k += TILE)
-                    tile(rows, n_rows, block, k, std::min(TILE, part.k1 - k));
-            } else
-                for (int64_t i = 0; i < n_rows; ++i)
-                    for (int64_t k = part.k0; k < part.k1; k += SPAN)
-                        span(rows[i], block, k, std::min(SPAN, part.k1 - k));
+    void pieces(Own& own, const Range& range, const Part& part, bool inside, Tile&& tile, Span&& span) const {
+        const bool narrows = inside && f.sets.kind == ONE && f.mask_kind == MEMBERSHIP && f.mask.kind == EACH;
+        const bool spans = walk.has_spans(), one_span = !narrows && walk.is_span(part.k0, part.k1);
+        walk.rows(range, part.r0, part.r1, inside ? Inside{this, members} : Inside{}, [&](const Row* rows, int64_t n_rows) {
+            const int64_t block = rows[0].at[SET_BLOCK];
+            auto each = [&](int64_t k, int64_t n) { tile(rows, n_rows, block, k, n); };
+            if (one_span)
+                for (int64_t i = 0; i < n_rows; ++i) span(rows[i], block, part.k0, part.k1 - part.k0, true);
+            else if (!spans) walk.stretches(block, part.k0, part.k1, each, [](int64_t, int64_t, bool) {});
+            else
+                for (int64_t i = 0; i < n_rows; ++i) {
+                    Part in = narrows ? window(own, rows[i], part) : part;
+                    walk.stretches(
+                        block, in.k0, in.k1,
+                        [&](int64_t k, int64_t n) {
+                            if (i == 0) each(k, n);
+                        },
+                        [&](int64_t k, int64_t n, bool ends) { span(rows[i], block, k, n, ends); });
+                }
         });
+    }
+
+    // Whether all rows that have the same table come together, so that sums of their columns need not be kept. If runs are
+    // summed by themselves too, these come first in any case.
+    bool comes_at_once(const Range& range) const { return !walk.has_spans() && walk.rows_of_block(range) <= BATCH; }
+
+    // The columns of a row from the first to the last that the mask says to be.
+    Part window(Own& own, const Row& row, const Part& part) const {
+        const uint8_t* m = bytes + row.at[MASK];
+        Window& last = own.window;
+        if (last.call != number || last.mask != row.at[MASK] || last.begin != part.k0 || last.end != part.k1) {
+            last = {number, row.at[MASK], part.k0, part.k1, part.k0, part.k1};
+            first_and_last(m, last.first, last.last);
+        }
+        return {part.r0, part.r1, last.first, last.last};
     }
 
     // --- the moments of sets begin..end of ranges (of all, if there are several): in tensors, and as `normalize` takes them
@@ -594,7 +765,7 @@ class Kernel {
     }
     void fetch_rows(const Range& range) const {
         if (range.rows * f.columns > LARGE / 8) return;
-        walk.rows(range, 0, range.rows, [&](const Row* rows, int64_t n) {
+        walk.rows(range, 0, range.rows, Inside{}, [&](const Row* rows, int64_t n) {
             for (int64_t i = 0; i < n; ++i) {
                 fetch<0>(x + rows[i].at[X], f.columns);
                 if (y) fetch<1>(y + rows[i].at[Y], f.columns);
@@ -712,54 +883,107 @@ class Kernel {
     }
 
     void pass(Own& own, const Sums& sums, const Range& range, const Part& part, bool fixed) {
-        if (f.sets.kind == ONE && f.mask_kind == EVERYTHING) return pass_plain(own, sums, range, part, fixed);
-        // Short runs of columns: sums of each column first, of all rows of the part where all have the same table.
-        int64_t width = part.k1 - part.k0;
-        bool tabled = f.sets.kind == TABLE, together = tabled && f.sets.blocks == 1 && part.r1 - part.r0 > BATCH;
+        own.flow.active = false;
+        if (f.sets.kind == ONE && f.mask_kind != WEIGHTS) return pass_one(own, sums, range, part, fixed);
+        // Short runs of columns: sums of each column first, of all rows of the part that have the same table.
+        const bool tabled = f.sets.kind == TABLE, scatters = f.few && !masked_along;
+        const bool at_once = comes_at_once(range);
+        const int64_t width = part.k1 - part.k0;
         Sums all = sums;
-        if (together) begin(all = own.wide_columns(width), sums, 0, part.k0, width, fixed);
+        int64_t open = -1;
+        auto close = [&] {
+            if (open >= 0) fold_columns(all, sums, open, part.k0, width, fixed);
+        };
         pieces(
-            range, part,
+            own, range, part, true,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
-                if (!tabled || together) return columns(own, all.at(k - part.k0), rows, n_rows, k, n, fixed);
-                if (n_rows < MANY && (f.mask_kind == EVERYTHING || f.mask.kind == ONE))
-                    return scatter(own, sums, rows, n_rows, block, k, n, fixed);
-                begin(own.columns, sums, block, k, n, fixed);
-                columns(own, own.columns, rows, n_rows, k, n, fixed);
-                fold_columns(own.columns, sums, block, k, n, fixed);
+                if (!tabled) return columns(own, sums.at(k - part.k0), rows, n_rows, k, n, fixed);
+                if (scatters) return scatter(own, sums, rows, n_rows, block, k, n, fixed);
+                if (at_once) {
+                    begin(own.columns, sums, block, k, n, fixed);
+                    columns(own, own.columns, rows, n_rows, k, n, fixed);
+                    return fold_columns(own.columns, sums, block, k, n, fixed);
+                }
+                if (open != block) {
+                    close();
+                    begin(all = own.wide_columns(width), sums, open = block, part.k0, width, fixed);
+                }
+                columns(own, all.at(k - part.k0), rows, n_rows, k, n, fixed);
             },
-            [&](const Row& row, int64_t block, int64_t k, int64_t n) {
+            [&](const Row& row, int64_t block, int64_t k, int64_t n, bool ends) {
                 Share share = this->share(own, row, k, n);
-                if (share.outside || share.one == 0) return;
+                if (share.one == 0 || (share.outside && !own.flow.active)) return;
                 const T* v = values(x + row.at[X] + k, own.x[0], n);
                 walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
-                    run(sums, id, v + (begin - k), share.from(begin - k), many, fixed);
+                    const bool ended = ends || begin + many.n < k + n;
+                    if (f.mask_kind == WEIGHTS || (ended && !share.bytes && !own.flow.active))
+                        return run(sums, id, v + (begin - k), share.from(begin - k), many, fixed);
+                    flow(own, sums, id, v + (begin - k), share.from(begin - k), many.n, ended, fixed);
                 });
             });
-        if (together) fold_columns(all, sums, 0, part.k0, width, fixed);
+        close();
     }
 
-    // Rows that follow one another in memory are one run.
-    void pass_plain(Own& own, const Sums& sums, const Range& range, const Part& part, bool fixed) {
+    // Members of one set are summed as if they lay one after another, whatever rows they are in.
+    void pass_one(Own& own, const Sums& sums, const Range& range, const Part& part, bool fixed) {
+        const bool masked = f.mask_kind == MEMBERSHIP && masked_along;
         const S* from = nullptr;
         int64_t length = 0;
-        auto flush = [&] {
-            for (int64_t k = 0; k < length; k += SPAN) {
-                int64_t n = std::min(SPAN, length - k);
-                run(sums, 0, values(from + k, own.x[0], n), Share{}, Any{n}, fixed);
+        auto flush = [&](bool last) {
+            const int64_t most = Same::value ? length : std::min(SPAN, length);  // as many as a buffer has
+            if (last && length == most && !own.flow.active) {
+                if (length) run(sums, 0, values(from, own.x[0], length), Share{}, Any{length}, fixed);
+                return;
+            }
+            for (int64_t k = 0; k < length || last; k += most) {
+                int64_t n = std::min(most, length - k);
+                bool ends = last && k + n == length;
+                flow(own, sums, 0, values(from + k, own.x[0], n), Share{}, n, ends, fixed);
+                if (ends) break;
             }
         };
-        walk.rows(range, part.r0, part.r1, [&](const Row* rows, int64_t n_rows) {
+        walk.rows(range, part.r0, part.r1, Inside{this, members}, [&](const Row* rows, int64_t n_rows) {
             for (int64_t i = 0; i < n_rows; ++i) {
-                const S* next = x + rows[i].at[X] + part.k0;
-                if (from + length != next) {
-                    flush();
-                    from = next, length = 0;
+                Part in = masked && f.mask.kind == EACH ? window(own, rows[i], part) : part;
+                for (int64_t k = in.k0; k < in.k1;) {
+                    int64_t n = in.k1 - k;
+                    if (masked) {
+                        n = std::min(SPAN, n);
+                        Share share = this->share(own, rows[i], k, n);
+                        if (share.bytes) {
+                            flush(false);
+                            length = 0, from = nullptr;
+                            flow(own, sums, 0, values(x + rows[i].at[X] + k, own.x[0], n), share, n, false, fixed);
+                        }
+                        if (share.bytes || share.outside) {
+                            k += n;
+                            continue;
+                        }
+                    }
+                    const S* next = x + rows[i].at[X] + k;
+                    if (from + length != next) {
+                        flush(false);
+                        from = next, length = 0;
+                    }
+                    length += n, k += n;
                 }
-                length += part.k1 - part.k0;
             }
         });
-        flush();
+        flush(true);
+    }
+
+    // Some members of a run of one set; `ends`: the last.
+    NOINLINE void flow(Own& own, const Sums& sums, int64_t id, const T* v, const Share& share, int64_t n, bool ends, bool fixed) {
+        Flow<T>& flow = own.flow;
+        if (!flow.active) flow.begin(fixed || sums.n[id] > 0, sums.shift[id]);
+        if (share.outside) n = 0;
+        else if (share.bytes) n = compacted(v, share.bytes, n, own.x[1]), v = own.x[1];
+        if (!ends) return flow.add(v, n);
+        if (f.sets.kind == TABLE && (flow.count + n) % 8 == 0) flow.template finish<Eights>(v, n);
+        else flow.template finish<Any>(v, n);
+        if (flow.count == 0) return;
+        sums.shift[id] = flow.shift;
+        sums.n[id] += double(flow.count), sums.s[id] += flow.sums[0], sums.q[id] += flow.sums[1];
     }
 
     template <class N>
@@ -768,15 +992,12 @@ class Kernel {
         int64_t n = many.n;
         if (!fixed && count == 0) {
             int64_t first = 0;
-            if (share.bytes)
-                while (first < n && !share.bytes[first]) ++first;
             if (share.weights)
                 while (first < n && !(share.weights[first] > 0)) ++first;
             if (first == n) return;
-            shift = !share.bytes && !share.weights && n >= TREE * 16 ? run_shift(v) : double(v[first]);
+            shift = !share.weights && n >= BLOCK ? run_shift(v) : double(v[first]);
         }
-        if (share.bytes) run_sums(v, share.bytes, n, shift, count, s, q);
-        else if (share.weights) run_sums(v, share.weights, n, shift, count, s, q);
+        if (share.weights) run_sums(v, share.weights, n, shift, count, s, q);
         else {
             double both[2] = {}, w = double(share.one);
             run_sums(v, many, shift, both);
@@ -792,7 +1013,7 @@ class Kernel {
             Share share = this->share(own, rows[i], k, n);
             if (share.outside || share.one == 0) continue;
             const T* v = values(x + rows[i].at[X] + k, own.x[0], n);
-            if (f.mask_kind != EVERYTHING && f.mask.kind != ONE) {  // then columns differ in where they begin
+            if (masked_along) {  // then columns differ in where they begin
                 if (share.weights) lane_sums(v, share.weights, n, fixed, to.n, to.shift, to.s, to.q);
                 else {
                     if (!share.bytes) fill(own.bytes, n, uint8_t(1));
@@ -800,7 +1021,7 @@ class Kernel {
                 }
                 continue;
             }
-            const bool eight = f.mask_kind == EVERYTHING && i + 8 <= n_rows;
+            const bool eight = f.mask_kind != WEIGHTS && i + 8 <= n_rows;
             if (!begun && !eight) SIMD for (int64_t j = 0; j < n; ++j) to.shift[j] = double(v[j]);
             if (eight) {
                 int64_t step = 16 * (rows[i + 1].at[X] - rows[i].at[X]);  // if the rows to come lie like these
@@ -851,13 +1072,13 @@ class Kernel {
             for (int64_t j = 0; j < n;) {
                 int64_t set = id[j];
                 if (!fixed && count[set] == 0) shift[set] = double(v[j]);
-                double c = shift[set], a = 0, b = 0;
+                double c = shift[set], a = s[set], b = q[set];
                 int64_t first = j;
                 do {
                     double d = double(v[j]) - c;
-                    a += d, b += d * d;
+                    a += w * d, b += w * d * d;
                 } while (++j < n && id[j] == set);
-                count[set] += w * double(j - first), s[set] += w * a, q[set] += w * b;
+                count[set] += w * double(j - first), s[set] = a, q[set] = b;
             }
         }
     }
@@ -867,7 +1088,7 @@ class Kernel {
     void apply(Own& own, const Sets<T>& from, const Range& range, const Part& part) {
         own.lanes_of = nullptr;
         pieces(
-            range, part,
+            own, range, part, false,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
                 Lanes m = lanes(own, from, block, k, n, 3);
                 if (one_param) {
@@ -882,7 +1103,7 @@ class Kernel {
                         with(p, 0, [&](auto w, auto b) { normalize(v, t, Any{n}, m.standard(), w, b); });
                     });
             },
-            [&](const Row& row, int64_t block, int64_t k, int64_t n) {
+            [&](const Row& row, int64_t block, int64_t k, int64_t n, bool) {
                 y_of(own, row, k, n, [&](const T* v, auto t) {
                     Params p = params(own, row, k, n);
                     walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
@@ -986,9 +1207,18 @@ class Kernel {
     void dots(Own& own, const Sets<T>& from, double* sg, double* sgx, int64_t first, const Range& range, const Part& part,
               int64_t slot) {
         Slot of = c.dweight || c.dbias ? this->slot(slot) : Slot{};
-        own.lanes_of = nullptr;
+        own.lanes_of = nullptr, own.n_held = 0;
+        const bool tabled = f.sets.kind == TABLE, at_once = comes_at_once(range);
+        const int64_t width = part.k1 - part.k0;
+        double *a_sums = nullptr, *b_sums = nullptr;  // of every column, where more rows share a table than come at once
+        int64_t open = -1;
+        auto close = [&] {
+            const int32_t* ids = f.sets.table + open * f.columns + part.k0;
+            if (open >= 0)
+                for (int64_t j = 0; j < width; ++j) sg[ids[j]] += a_sums[j], sgx[ids[j]] += b_sums[j];
+        };
         pieces(
-            range, part,
+            own, range, part, true,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
                 Lanes m = lanes(own, from, block, k, n, 3);
                 // Sums of dz and dz * xhat, where all rows have the same parameters; else those of g and g * xhat.
@@ -1008,23 +1238,37 @@ class Kernel {
                     if (of) add_to_params(of, rows[0], k, n, a, b);
                     with(p.w, p.ws, [&](auto w) { multiply(a, n, w, a), multiply(b, n, w, b); });
                 }
-                if (f.sets.kind == TABLE) {
+                if (tabled && at_once) {
                     const int32_t* ids = f.sets.table + block * f.columns + k;
                     for (int64_t j = 0; j < n; ++j) sg[ids[j]] += double(a[j]), sgx[ids[j]] += double(b[j]);
-                } else {
-                    double *RESTRICT s = sg + (k - first), *RESTRICT t = sgx + (k - first);
-                    SIMD for (int64_t j = 0; j < n; ++j) s[j] += double(a[j]), t[j] += double(b[j]);
+                    return;
                 }
+                if (tabled && open != block) {
+                    close();
+                    open = block;
+                    Sums wide = own.wide_columns(width);
+                    a_sums = wide.s, b_sums = wide.q;
+                    fill(a_sums, width, 0.0), fill(b_sums, width, 0.0);
+                }
+                double *RESTRICT s = tabled ? a_sums + (k - part.k0) : sg + (k - first);
+                double *RESTRICT t = tabled ? b_sums + (k - part.k0) : sgx + (k - first);
+                SIMD for (int64_t j = 0; j < n; ++j) s[j] += double(a[j]), t[j] += double(b[j]);
             },
-            [&](const Row& row, int64_t block, int64_t k, int64_t n) {
+            [&](const Row& row, int64_t block, int64_t k, int64_t n, bool ends) {
                 Share share = membership(own, row, k, n);
-                if (share.outside) return;
+                if (share.outside && !own.n_held) return;
                 Params p = params(own, row, k, n);
-                Pair v = pair(own, row, block, k, n, share, true, p, from);
-                if (of.rows && ++*of.rows == MOST_ROWS) settle_slot(of);
+                Pair v{};
+                if (!share.outside) {
+                    v = pair(own, row, block, k, n, share, true, p, from);
+                    if (of.rows && ++*of.rows == MOST_ROWS) settle_slot(of);
+                }
                 walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                     int64_t at = begin - k;
                     Standard<One<T>> m = standard(from, id);
+                    const bool ended = ends || begin + many.n < k + n;
+                    if (share.bytes || own.n_held || !(ended || many.n == SPAN))
+                        return hold(own, v, p, share, row, k, begin, many.n, ended, m, of, sg[id], sgx[id]);
                     double sums[2] = {};
                     if (of.rows && p.w)
                         dot_sums(v.x + at, v.dz + at, many, m, Each<T>{p.w + at}, sums, of.lane_b + begin, of.lane_w + begin);
@@ -1039,6 +1283,40 @@ class Kernel {
                     sg[id] += sums[0], sgx[id] += sums[1];
                 });
             });
+        if (tabled) close();
+    }
+
+    // Members of a run that lie apart are brought together, so that they are summed as if they lay side by side.
+    NOINLINE void hold(Own& own, const Pair& v, const Params& p, const Share& whole, const Row& row, int64_t k0, int64_t begin,
+                       int64_t n, bool ends, const Standard<One<T>>& m, const Slot& of, double& sg, double& sgx) {
+        const int64_t at = begin - k0;
+        const Share share = whole.from(at);
+        const T *w = p.w ? p.w + at : nullptr, *from[3] = {v.x + at, v.dz + at, w};
+        if (w && of && !share.outside) of_params(own, of, row, begin, n, {v.x + at, v.dz + at}, m);
+        auto flush = [&] {
+            double sums[2] = {};
+            auto add = [&](auto many) {
+                if (w) dot_sums(own.held[0], own.held[1], many, m, Each<T>{own.held[2]}, sums);
+                else dot_sums(own.held[0], own.held[1], many, m, One<T>{1}, sums);
+            };
+            if (f.sets.kind == TABLE && own.n_held % 8 == 0 && own.n_held < BLOCK) add(Eights{own.n_held});
+            else add(Any{own.n_held});
+            if (!w && of) of.b[row.at[PARAM]] += sums[0], of.w[row.at[PARAM]] += sums[1];
+            double share = w ? 1.0 : double(p.ws);
+            sg += sums[0] * share, sgx += sums[1] * share;
+            own.n_held = 0;
+        };
+        for (int64_t k = 0; !share.outside && k < n;) {
+            int64_t more = std::min(n - k, SPAN - own.n_held), inside = more;
+            for (int q = 0; q < (w ? 3 : 2); ++q) {
+                T* to = own.held[q] + own.n_held;
+                if (share.bytes) inside = compacted(from[q] + k, share.bytes + k, more, to);
+                else std::memcpy(to, from[q] + k, sizeof(T) * size_t(more));
+            }
+            own.n_held += inside, k += more;
+            if (own.n_held == SPAN) flush();
+        }
+        if (ends && own.n_held) flush();
     }
 
     // Adds dz and dz * xhat of some columns of a row to the sums of their parameters.
@@ -1084,12 +1362,13 @@ class Kernel {
         double* pm = wants_mask() && (c.sum_g || c.what == BACKWARD) ? this->slot(slot).mask : nullptr;
         own.lanes_of = nullptr;
         pieces(
-            range, part,
+            own, range, part, false,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
                 Lanes m = lanes(own, from, block, k, n, 6);
+                Params p;
                 for (int64_t i = 0; i < n_rows; ++i)
                     dx_of(own, rows[i], k, n, [&](const Share& share, auto t) {
-                        Params p = params(own, rows[i], k, n);
+                        if (!one_param || !p.known) p = params(own, rows[i], k, n);
                         Pair v = pair(own, rows[i], k, n, share, false, p, m);
                         Each<T> c1{m.c1}, c2{m.c2};
                         if (pm) mask_dots(pm, rows[i], k, n, v.x, m.standard(), c1, c2, Each<T>{m.v});
@@ -1098,7 +1377,7 @@ class Kernel {
                         });
                     });
             },
-            [&](const Row& row, int64_t block, int64_t k, int64_t n) {
+            [&](const Row& row, int64_t block, int64_t k, int64_t n, bool) {
                 dx_of(own, row, k, n, [&](const Share& share, auto t) {
                     Params p = params(own, row, k, n);
                     Pair v = pair(own, row, block, k, n, share, false, p, from);
@@ -1223,7 +1502,11 @@ class Kernel {
     const bool streams;  // the result is so large that no cache would keep it, and its rows are mostly whole lines
     bool leaves_dz;      // in memory that a cache holds
     const bool broken;   // runs begin anywhere in a line
-    bool one_param;     // all rows of a range have the same parameters
+    const bool one_param;     // all rows of a range have the same parameters
+    const bool masked_along;  // masks of this pattern vary along the columns, also where none is given
+    const uint8_t* members;   // the mask, where it says of whole rows whether they are inside
+    const uint64_t number = ++calls;  // of this call
+    inline static std::atomic<uint64_t> calls{0};
 };
 
 int run(const Form& form, const Call& call) {

@@ -14,6 +14,7 @@
 #endif
 
 #define RESTRICT __restrict__
+#define NOINLINE __attribute__((noinline))
 #define SIMD _Pragma("omp simd")
 #if defined(__SANITIZE_ADDRESS__)  // whose checks, written out at every place, take a compiler many minutes
 #define INLINE inline
@@ -321,23 +322,29 @@ INLINE void add_to(double* p, const Pack<T, N>& a) {
 // Adds to `sums` those of Q quantities: f(terms, k) gives them for a pack of columns. What is added in T is a tree of at most
 // 128 terms; the rest is in double.
 constexpr int TREE = 8;
+constexpr int BLOCK = TREE * 16;
 
+// Of whole blocks, of which there may be none; how many columns these are.
 template <class T, int Q, class F>
-INLINE void reduce(Any columns, double* sums, F&& f) {
+INLINE int64_t reduce_blocks(int64_t n, Pack<double, 16>* wide, F&& f) {
     constexpr int W = 16;
     using P = Pack<T, W>;
-    int64_t k = 0, n = columns.n;
-    if (n >= TREE * W) {
-        Pack<double, W> wide[Q] = {};
-        for (; k + TREE * W <= n; k += TREE * W) {
-            P a[Q], b[Q], c[Q], d[Q], e[Q];  // in the order in which it needs the fewest registers
-            f(a, k), f(b, k + W), f(c, k + 2 * W), f(d, k + 3 * W);
-            for (int q = 0; q < Q; ++q) a[q] = (a[q] + b[q]) + (c[q] + d[q]);
-            f(b, k + 4 * W), f(c, k + 5 * W), f(d, k + 6 * W), f(e, k + 7 * W);
-            for (int q = 0; q < Q; ++q) wide[q] = wide[q] + widened(a[q] + ((b[q] + c[q]) + (d[q] + e[q])));
-        }
-        for (int q = 0; q < Q; ++q) sums[q] += total(wide[q]);
+    int64_t k = 0;
+    for (; k + BLOCK <= n; k += BLOCK) {
+        P a[Q], b[Q], c[Q], d[Q], e[Q];  // in the order in which it needs the fewest registers
+        f(a, k), f(b, k + W), f(c, k + 2 * W), f(d, k + 3 * W);
+        for (int q = 0; q < Q; ++q) a[q] = (a[q] + b[q]) + (c[q] + d[q]);
+        f(b, k + 4 * W), f(c, k + 5 * W), f(d, k + 6 * W), f(e, k + 7 * W);
+        for (int q = 0; q < Q; ++q) wide[q] = wide[q] + widened(a[q] + ((b[q] + c[q]) + (d[q] + e[q])));
     }
+    return k;
+}
+
+// Of columns k..n, which are less than a block.
+template <class T, int Q, class F>
+INLINE void reduce_rest(int64_t k, int64_t n, double* sums, F&& f) {
+    constexpr int W = 16;
+    using P = Pack<T, W>;
     if (k == n) return;
     P a[Q] = {};
     Pack<T, W / 2> b[Q] = {};
@@ -356,6 +363,17 @@ INLINE void reduce(Any columns, double* sums, F&& f) {
         for (int q = 0; q < Q; ++q) rest[q] += t[q].v[0];
     }
     for (int q = 0; q < Q; ++q) sums[q] += double(total(halved(halved(a[q]) + b[q]) + c[q]) + rest[q]);
+}
+
+template <class T, int Q, class F>
+INLINE void reduce(Any columns, double* sums, F&& f) {
+    int64_t k = 0;
+    if (columns.n >= BLOCK) {
+        Pack<double, 16> wide[Q] = {};
+        k = reduce_blocks<T, Q>(columns.n, wide, f);
+        for (int q = 0; q < Q; ++q) sums[q] += total(wide[q]);
+    }
+    reduce_rest<T, Q>(k, columns.n, sums, f);
 }
 
 template <class T, int Q, class F>
@@ -387,43 +405,105 @@ INLINE void reduce(Eights columns, double* sums, F&& f) {
 
 // --- sums of one set over a run: of d = x - shift, and of d * d
 
+template <class T>
+struct Deviations {
+    const T* x;
+    double shift;
+    template <class P>
+    INLINE void operator()(P* t, int64_t k) const {
+        using V = typename P::Value;
+        P d = wide<P>(k) - P::all(V(shift));
+        t[0] = d, t[1] = d * d;
+    }
+    template <class P>
+    INLINE P wide(int64_t k) const {
+        if constexpr (std::is_same<typename P::Value, T>::value) return P::load(x + k);
+        else return widened(Pack<T, P::SIZE>::load(x + k));
+    }
+};
+
 // In doubles where they are few, as then no errors cancel.
 template <class T, class N>
 INLINE void run_sums(const T* x, N n, double shift, double* sums) {
-    if (n.n >= TREE * 16) {
-        reduce<T, 2>(Any{n.n}, sums, [=](auto* t, int64_t k) INLINE_LAMBDA {
-            using P = std::remove_reference_t<decltype(*t)>;
-            P d = P::load(x + k) - P::all(T(shift));
-            t[0] = d, t[1] = d * d;
-        });
-        return;
-    }
-    reduce<double, 2>(n, sums, [=](auto* t, int64_t k) INLINE_LAMBDA {
-        using D = std::remove_reference_t<decltype(*t)>;
-        D d = widened(Pack<T, D::SIZE>::load(x + k)) - D::all(shift);
-        t[0] = d, t[1] = d * d;
-    });
+    if (n.n >= BLOCK) reduce<T, 2>(Any{n.n}, sums, Deviations<T>{x, shift});
+    else reduce<double, 2>(n, sums, Deviations<T>{x, shift});
 }
 
-// With a mask or weights along the columns, in doubles; not more of them one after another than a tree has.
-constexpr int64_t CHAIN = 512;
-
+// The first of eight values, and what they differ from it on average: near their mean, and the value of equal ones exactly.
 template <class T>
-inline void run_sums(const T* RESTRICT x, const uint8_t* RESTRICT m, int64_t n, double shift, double& c, double& s,
-                     double& q) {
-    for (int64_t begin = 0; begin < n; begin += CHAIN) {
-        double a = 0, b = 0;
-        int32_t inside = 0;
-#pragma omp simd reduction(+ : a, b, inside)
-        for (int64_t k = begin; k < std::min(n, begin + CHAIN); ++k) {
-            double d = m[k] ? double(x[k]) - shift : 0.0;
-            a += d;
-            b += d * d;
-            inside += m[k] != 0;
-        }
-        c += inside, s += a, q += b;
-    }
+inline double run_shift(const T* x) {
+    double d = 0;
+    for (int k = 1; k < 8; ++k) d += double(x[k]) - double(x[0]);
+    T near = T(double(x[0]) + d * 0.125);
+    return near - near == 0 ? double(near) : double(x[0]);
 }
+
+// The same sums of a set whose members come in parts, as if they lay one after another. What is less than a block is held
+// until the next part.
+template <class T>
+class Flow {
+   public:
+    bool active = false;
+    double shift, sums[2];
+    int64_t count;
+
+    void begin(bool known, double about) {
+        active = true, knows = known, shift = about, count = held = 0;
+        wide[0] = wide[1] = Pack<double, 16>{};
+    }
+
+    void add(const T* RESTRICT x, int64_t n) {
+        count += n;
+        if (held) {
+            int64_t more = std::min(n, BLOCK - held);
+            std::memcpy(rest + held, x, sizeof(T) * size_t(more));
+            held += more, x += more, n -= more;
+            if (held < BLOCK) return;
+            blocks(rest, BLOCK);
+            held = 0;
+        }
+        int64_t done = n >= BLOCK ? blocks(x, n) : 0;
+        held = n - done;
+        std::memcpy(rest, x + done, sizeof(T) * size_t(held));
+    }
+
+    // With the last part, which need not be held. N: as `run_sums` takes so many columns.
+    template <class N>
+    void finish(const T* x, int64_t n) {
+        if (held) add(x, n), x = rest, n = held;
+        else {
+            count += n;
+            int64_t done = n >= BLOCK ? blocks(x, n) : 0;
+            x += done, n -= done;
+        }
+        active = false;
+        sums[0] = sums[1] = 0;
+        if (count >= BLOCK) {
+            for (int q = 0; q < 2; ++q) sums[q] = total(wide[q]);
+            reduce_rest<T, 2>(0, n, sums, Deviations<T>{x, shift});
+        } else if (n) {
+            if (!knows) shift = double(x[0]);
+            reduce<double, 2>(N{n}, sums, Deviations<T>{x, shift});
+        }
+    }
+
+   private:
+    int64_t blocks(const T* x, int64_t n) {
+        if (!knows) shift = run_shift(x), knows = true;
+        Pack<double, 16> w[2] = {wide[0], wide[1]};
+        int64_t done = reduce_blocks<T, 2>(n, w, Deviations<T>{x, shift});
+        wide[0] = w[0], wide[1] = w[1];
+        return done;
+    }
+
+    bool knows;
+    int64_t held;
+    Pack<double, 16> wide[2];
+    T rest[BLOCK];
+};
+
+// With weights along the columns, in doubles; not more of them one after another than a tree has.
+constexpr int64_t CHAIN = 512;
 
 template <class T>
 inline void run_sums(const T* RESTRICT x, const T* RESTRICT w, int64_t n, double shift, double& c, double& s,
@@ -480,13 +560,6 @@ inline void lane_shifts(const T* const* rows, int64_t n, double* RESTRICT shift)
         T near = c + d * T(0.125);
         shift[k] = near - near == 0 ? double(near) : double(c);  // finite
     }
-}
-template <class T>
-inline double run_shift(const T* x) {
-    double d = 0;
-    for (int k = 1; k < 8; ++k) d += double(x[k]) - double(x[0]);
-    T near = T(double(x[0]) + d * 0.125);
-    return near - near == 0 ? double(near) : double(x[0]);
 }
 
 // M is uint8_t (membership) or T (weights). A column takes its first element as its shift, unless `fixed`.
@@ -573,6 +646,47 @@ inline void keep(T* RESTRICT y, const uint8_t* RESTRICT m, int64_t n) {
 template <class T, class V>
 inline void keep(const T* RESTRICT x, T* RESTRICT y, const uint8_t* RESTRICT m, int64_t n, V other) {
     SIMD for (int64_t k = 0; k < n; ++k) y[k] = m[k] ? x[k] : other.template at<Pack<T, 1>>(k).v[0];
+}
+
+// What is inside of a mask, side by side; how many.
+template <class T>
+inline int64_t compacted(const T* RESTRICT x, const uint8_t* RESTRICT m, int64_t n, T* RESTRICT to) {
+    int64_t many = 0, k = 0;
+#if defined(__AVX512F__)
+    for (; k + WIDTH<T> <= n; k += WIDTH<T>) {  // what is written behind the members is written over
+        __m128i bytes = WIDTH<T> == 16 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(m + k))
+                                       : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(m + k));
+        __mmask16 inside = _mm_test_epi8_mask(bytes, bytes);
+        if constexpr (WIDTH<T> == 16) _mm512_storeu_ps(to + many, _mm512_maskz_compress_ps(inside, _mm512_loadu_ps(x + k)));
+        else _mm512_storeu_pd(to + many, _mm512_maskz_compress_pd(__mmask8(inside), _mm512_loadu_pd(x + k)));
+        many += __builtin_popcount(inside);
+    }
+#endif
+    for (; k < n; ++k) {
+        to[many] = x[k];
+        many += m[k] != 0;
+    }
+    return many;
+}
+
+// Narrows columns first..last to those from the first that is inside of a mask to the last. Padding is long.
+inline void first_and_last(const uint8_t* m, int64_t& first, int64_t& last) {
+    auto none = [=](int64_t k) {
+        uint64_t eight;
+        std::memcpy(&eight, m + k, 8);
+        return eight == 0;
+    };
+    while (first + 8 <= last && none(first)) first += 8;
+    while (first < last && !m[first]) ++first;
+    while (first + 8 <= last && none(last - 8)) last -= 8;
+    while (first < last && !m[last - 1]) --last;
+}
+
+inline int64_t members(const uint8_t* RESTRICT m, int64_t n) {
+    int64_t inside = 0;
+#pragma omp simd reduction(+ : inside)
+    for (int64_t k = 0; k < n; ++k) inside += m[k] != 0;
+    return inside;
 }
 
 // Whether all of a mask is outside (0), inside (1), or neither (2).

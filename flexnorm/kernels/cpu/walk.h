@@ -11,10 +11,9 @@ namespace ARCH {
 constexpr int64_t TILE = 512;    // columns at a time: sums of doubles and some rows of them fit in the first cache
 constexpr int64_t SPAN = 2048;   // columns of one row at a time
 constexpr int64_t BATCH = 64;    // rows at a time
-constexpr int64_t MANY = 4;      // rows that pay for sums per column
 constexpr int64_t SPLIT = 256;   // a run of columns so long is summed by itself, whatever the rows
 constexpr int64_t LONG = 16;     // columns of a run that pay for looking for its end
-constexpr int64_t SHORT = 8;     // shorter ones are not, whatever the rows
+constexpr int64_t SHORT = 8;     // shorter ones are not, however few rows share their columns
 
 struct Row {
     int64_t at[STEPS];
@@ -29,6 +28,13 @@ struct Range {
 
 inline void go(Row& row, const Dim& dim, int64_t index) {
     for (int s = 0; s < STEPS; ++s) row.at[s] += index * dim.step[s];
+}
+
+// One step along an axis, as vectors: left to itself a compiler takes them apart.
+INLINE void step(Row& row, const Dim& dim) {
+    using V = Vector<int64_t, STEPS>::type;
+    V& at = *reinterpret_cast<V*>(row.at);
+    at = at + *reinterpret_cast<const V*>(dim.step);
 }
 
 class Walk {
@@ -64,73 +70,138 @@ class Walk {
         return r;
     }
 
-    // Rows begin..end of a range, in batches that share the block of the sets: f(rows, how many).
-    template <class F>
-    void rows(const Range& range, int64_t begin, int64_t end, F&& visit) const {
+    // Rows begin..end of a range, in batches that share the block of the sets: f(rows, how many). Only those that are inside.
+    template <class I, class F>
+    void rows(const Range& range, int64_t begin, int64_t end, const I& inside, F&& visit) const {
         if (begin >= end) return;
+        if (!f.n_inner && !f.n_segment) {
+            Row row = range.base;
+            if (!inside.all() && !inside(row.at[MASK])) return;
+            if (f.param_label) row.at[PARAM] += f.param_label[row.at[PARAM_LABEL]];
+            return visit(&row, 1);
+        }
         Row batch[BATCH];
         int64_t filled = 0;
-        int64_t at[DIMS + 1], size[DIMS + 1];
-        int64_t n = 0;
-        for (int64_t d = 0; d <= f.n_inner; ++d) {
-            if (f.n_segment && d == f.inner_at) size[n++] = -range.members;
-            if (d < f.n_inner) size[n++] = f.inner[d].size;
-        }
-        int64_t rest = begin;
-        for (int64_t d = n - 1; d >= 0; --d) {
-            int64_t s = std::abs(size[d]);
-            at[d] = rest % s;
-            rest /= s;
-        }
-        const bool ordered = n && size[n - 1] < 0 && (f.order || f.n_segment > 1);
-        const Dim* last = n == 0 ? nullptr : size[n - 1] < 0 ? f.segment : f.inner + (f.n_inner - 1);
-        const bool blocks = f.sets.kind == TABLE;
+        Place place(*this, range, begin);
+        const bool blocks = f.sets.kind == TABLE && f.sets.blocks > 1, all = inside.all(), ordered = place.ordered;
+        const Dim* last = ordered ? nullptr : place.last;
         for (int64_t r = begin; r < end;) {
-            Row row = range.base;
-            int64_t dim = 0;
-            for (int64_t d = 0; d < n - 1; ++d) {
-                if (size[d] < 0) member(row, range.first + at[d]);
-                else go(row, f.inner[dim++], at[d]);
-            }
-            int64_t i = n ? at[n - 1] : 0, stop = std::min(i + end - r, n ? std::abs(size[n - 1]) : 1);
+            Row row = place.outer(*this, range);
             const Row base = row;
-            if (n && !ordered) go(row, *last, size[n - 1] < 0 ? range.first + i : i);
-            for (r += stop - i; i < stop; ++i) {
+            int64_t i = place.i(), n = std::min(end - r, place.left());
+            if (last) go(row, *last, place.segment ? range.first + i : i);
+            for (r += n; n > 0; ++i, --n) {
                 if (ordered) member(row = base, range.first + i);
-                if (blocks && filled && row.at[SET_BLOCK] != batch[0].at[SET_BLOCK]) {
+                batch[filled] = row;
+                if (last) step(row, *last);
+                if (!all && !inside(batch[filled].at[MASK])) continue;
+                if (blocks && filled && batch[filled].at[SET_BLOCK] != batch[0].at[SET_BLOCK]) {
+                    visit(batch, filled);
+                    batch[0] = batch[filled];
+                    filled = 0;
+                }
+                if (f.param_label) batch[filled].at[PARAM] += f.param_label[batch[filled].at[PARAM_LABEL]];
+                if (++filled == BATCH) {
                     visit(batch, filled);
                     filled = 0;
                 }
-                Row& next = batch[filled++] = row;
-                if (f.param_label) next.at[PARAM] += f.param_label[row.at[PARAM_LABEL]];
-                if (filled == BATCH) {
-                    visit(batch, filled);
-                    filled = 0;
-                }
-                if (n && !ordered)
-                    for (int s = 0; s < STEPS; ++s) row.at[s] += last->step[s];
             }
-            for (int64_t d = n - 2; d >= 0; --d) {
-                if (++at[d] < std::abs(size[d])) break;
-                at[d] = 0;
-            }
-            if (n) at[n - 1] = 0;
+            place.advance();
         }
         if (filled) visit(batch, filled);
     }
 
-    // Whether sums are kept column by column, to be shared by many rows, and not run by run.
-    bool by_column(int64_t rows) const {
-        if (f.sets.kind != TABLE) return f.sets.kind == EACH;
-        return f.sets.mean_run < (rows >= MANY ? SPLIT : SHORT);
+    // Where the mask of rows begin..end lies: f(of the first, from one to the next, how many).
+    template <class F>
+    void masks(const Range& range, int64_t begin, int64_t end, F&& visit) const {
+        Place place(*this, range, begin);
+        for (int64_t r = begin; r < end;) {
+            Row row = place.outer(*this, range);
+            int64_t i = place.i(), n = std::min(end - r, place.left());
+            r += n;
+            if (place.ordered)
+                for (; n > 0; ++i, --n) {
+                    Row own = row;
+                    member(own, range.first + i);
+                    visit(own.at[MASK], int64_t(0), int64_t(1));
+                }
+            else {
+                int64_t step = place.last ? place.last->step[MASK] : 0;
+                visit(row.at[MASK] + step * (place.segment ? range.first + i : i), step, n);
+            }
+            place.advance();
+        }
+    }
+
+    // Rows that follow one another and share the block of the sets, however many ranges there are.
+    int64_t rows_of_block(const Range& range) const {
+        if (f.sets.kind != TABLE || f.sets.blocks == 1) return std::max<int64_t>(1, range.rows);
+        int64_t n = 1;
+        for (int64_t d = f.n_inner; d >= 0; --d) {
+            if (f.n_segment && d == f.inner_at) {
+                for (int64_t s = 0; s < f.n_segment; ++s)
+                    if (f.segment[s].step[SET_BLOCK]) return n;
+                n *= range.members;
+            }
+            if (d == 0) break;
+            if (f.inner[d - 1].step[SET_BLOCK]) return n;
+            n *= f.inner[d - 1].size;
+        }
+        return std::max<int64_t>(1, n);
+    }
+
+    // The least columns of a run that is summed by itself.
+    int64_t least() const { return f.apart ? f.columns + 1 : f.few ? SHORT : SPLIT; }
+    bool has_spans() const { return f.sets.kind == ONE || (f.sets.kind == TABLE && f.sets.longest >= least()); }
+
+    // Whether these columns are one span of whole runs.
+    bool is_span(int64_t begin, int64_t end) const {
+        if (end - begin > SPAN) return false;
+        return f.sets.kind == ONE || (f.sets.kind == TABLE && f.sets.shortest >= least() && begin == 0 && end == f.columns);
+    }
+
+    // Columns begin..end, for which sums are kept of every column, to be shared by many rows (each(k, n), in tiles), or of
+    // every run of one set (run(k, n, whether its last run ends there), in spans that begin where runs do). A run decides
+    // by its own length, so no set is summed in another way for what lies beside it.
+    template <class E, class R>
+    void stretches(int64_t block, int64_t begin, int64_t end, E&& each, R&& run) const {
+        auto tiles = [&](int64_t k, int64_t stop) {
+            for (; k < stop; k += TILE) each(k, std::min(TILE, stop - k));
+        };
+        auto spans = [&](int64_t k, int64_t stop) {
+            while (k < stop) {
+                int64_t next = span_end(block, k, stop);
+                run(k, next - k, ends_run(block, next, end));
+                k = next;
+            }
+        };
+        if (f.sets.kind == EACH) return tiles(begin, end);
+        if (f.sets.kind == ONE) return spans(begin, end);
+        const int64_t least = this->least();
+        if (f.sets.longest < least) return tiles(begin, end);
+        if (f.sets.shortest >= least) return spans(begin, end);
+        const int32_t* first = f.sets.runs;
+        int64_t i = run_at(f.sets, block, begin), stop = f.sets.run_ptr[block + 1];
+        auto length = [&](int64_t i) { return (i + 1 < stop ? first[i + 1] : f.columns) - first[i]; };
+        while (begin < end) {
+            const bool many = length(i) >= least;
+            do ++i;
+            while (i < stop && first[i] < end && (length(i) >= least) == many);
+            int64_t next = i < stop ? std::min<int64_t>(first[i], end) : end;
+            if (many) spans(begin, next);
+            else tiles(begin, next);
+            begin = next;
+        }
     }
 
     // Runs of columns begin..end that meet one set: f(begin, how many, id of the set).
     template <class F>
     void runs(int64_t block, int64_t begin, int64_t end, F&& visit) const {
-        if (f.sets.kind == ONE) visit(begin, Any{end - begin}, int64_t(0));
-        else if (f.sets.even) table_runs<Eights>(f.sets, block, begin, end, visit);
-        else table_runs<Any>(f.sets, block, begin, end, visit);
+        if (f.sets.kind == ONE) return visit(begin, Any{end - begin}, int64_t(0));
+        table_runs<Any>(f.sets, block, begin, end, [&](int64_t k, Any n, int64_t id) INLINE_LAMBDA {
+            if (n.n % 8 == 0 && n.n < TREE * 16) visit(k, Eights{n.n}, id);
+            else visit(k, n, id);
+        });
     }
 
     // The same of an operand that has a table: the last is what it says.
@@ -139,7 +210,7 @@ class Walk {
         const int32_t* first = column.runs;
         const int32_t* table = column.table + block * f.columns;
         int64_t i = column.run_ptr[block], stop = column.run_ptr[block + 1];
-        if (begin) i = std::upper_bound(first + i, first + stop, int32_t(begin)) - first - 1;
+        if (begin) i = run_at(column, block, begin);
         while (begin < end) {
             int64_t next = ++i < stop ? std::min<int64_t>(first[i], end) : end;
             visit(begin, N{next - begin}, int64_t(table[begin]));
@@ -151,6 +222,73 @@ class Walk {
     int64_t inner, outer, elements;
 
    private:
+    // Where a walk over the rows of a range is: an index along every axis, the innermost last.
+    struct Place {
+        int64_t at[DIMS + 1], size[DIMS + 1], n = 0;  // the size of segments is negative
+        const Dim* last = nullptr;
+        bool segment = false, ordered = false;  // the innermost axis is that of segments; its members are looked up
+
+        INLINE Place(const Walk& walk, const Range& range, int64_t row) {
+            const Form& f = walk.f;
+            for (int64_t d = 0; d <= f.n_inner; ++d) {
+                if (f.n_segment && d == f.inner_at) size[n++] = -range.members;
+                if (d < f.n_inner) size[n++] = f.inner[d].size;
+            }
+            for (int64_t d = n - 1; d >= 0; --d) {
+                int64_t s = std::abs(size[d]);
+                at[d] = row % s;
+                row /= s;
+            }
+            if (n == 0) return;
+            segment = size[n - 1] < 0;
+            ordered = segment && (f.order || f.n_segment > 1);
+            last = segment ? f.segment : f.inner + (f.n_inner - 1);
+        }
+
+        int64_t i() const { return n ? at[n - 1] : 0; }
+        int64_t left() const { return n ? std::abs(size[n - 1]) - at[n - 1] : 1; }
+
+        // The row but for what the innermost axis adds.
+        INLINE Row outer(const Walk& walk, const Range& range) const {
+            Row row = range.base;
+            int64_t dim = 0;
+            for (int64_t d = 0; d < n - 1; ++d) {
+                if (size[d] < 0) walk.member(row, range.first + at[d]);
+                else go(row, walk.f.inner[dim++], at[d]);
+            }
+            return row;
+        }
+
+        void advance() {
+            for (int64_t d = n - 2; d >= 0; --d) {
+                if (++at[d] < std::abs(size[d])) break;
+                at[d] = 0;
+            }
+            if (n) at[n - 1] = 0;
+        }
+    };
+
+    static int64_t run_at(const Column& column, int64_t block, int64_t k) {
+        const int32_t *begin = column.runs + column.run_ptr[block], *end = column.runs + column.run_ptr[block + 1];
+        return std::upper_bound(begin, end, int32_t(k)) - column.runs - 1;
+    }
+
+    // Where a span that begins with column k ends: with a run, or a whole number of spans from where a longer one began.
+    int64_t span_end(int64_t block, int64_t k, int64_t stop) const {
+        int64_t most = k + SPAN;
+        if (most >= stop || f.sets.kind == ONE) return std::min(most, stop);
+        int64_t begin = f.sets.runs[run_at(f.sets, block, most)];
+        if (begin > k) return begin;
+        begin = f.sets.runs[run_at(f.sets, block, k)];
+        return begin + ((k - begin) / SPAN + 1) * SPAN;
+    }
+
+    bool ends_run(int64_t block, int64_t k, int64_t end) const {
+        if (f.sets.kind == ONE) return k == end;
+        const int32_t* table = f.sets.table + block * f.columns;
+        return k == f.columns || table[k] != table[k - 1];
+    }
+
     void member(Row& row, int64_t place) const {
         int64_t index = f.order ? f.order[place] : place;
         if (f.n_segment == 1) return go(row, f.segment[0], index);
