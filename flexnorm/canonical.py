@@ -315,7 +315,8 @@ class _Cutter:
         labels = [label for label in self.sets.labels if not set(label.axes) & set(columns)]
         groups = self.count(axis for axis in consumed if self.sets.steps[axis]) * GROUPS ** len(labels)
         pooled = [axis for axis in rows if not (axis in consumed or axis in blocks or self.sets.steps[axis])]
-        return self.count(pooled) * max(1, self.count(consumed) // max(1, groups))
+        members: int = self.count(consumed) // max(1, groups)
+        return self.count(pooled) * max(1, members)
 
     def shared(self, within: Sequence[int]) -> bool:
         """Whether no axis of the rows of a range leads to other parameters."""

@@ -66,13 +66,13 @@ void parallel(int64_t threads, int64_t n, F&& f) {
     for (int64_t i = 0; i < n; ++i) f(i);
 }
 
-// Memory that is written before it is read.
+// Memory that is written before it is read. It begins with a line of the cache: of vectors, none is cut in two.
 template <class V>
 class Array {
    public:
     void reserve(int64_t n) {
         if (n <= size) return;
-        memory.reset(static_cast<V*>(std::malloc(sizeof(V) * size_t(n))));
+        memory.reset(static_cast<V*>(std::aligned_alloc(64, (sizeof(V) * size_t(n) + 63) / 64 * 64)));
         size = memory ? n : 0;
         if (!memory) throw std::bad_alloc();
     }
@@ -171,15 +171,15 @@ class Scratch {
     // Of the columns of a tile.
     const T* lanes_of = nullptr;  // whose values are in `lane`, of which columns, and how many fields
     int64_t lanes_block, lanes_k, lanes_fields;
-    T lane[6][NARROW], a[NARROW], d[NARROW], scaled[2][WIDE];
+    alignas(64) T lane[6][NARROW], a[NARROW], d[NARROW], scaled[2][WIDE];
     Flow<T> flow;
-    T held[3][WIDE];  // x, dz and weights of members that lie apart
+    alignas(64) T held[3][WIDE];  // x, dz and weights of members that lie apart
     int64_t n_held = 0;
     Window window{};
-    double column[5][NARROW];
+    alignas(64) double column[5][NARROW];
     Sums columns{column[0], column[1], column[2], column[3], column[4]};
     // Of those of a span.
-    T x[8][WIDE], dy[WIDE], dz[WIDE], out[WIDE], w[WIDE], b[WIDE], weights[WIDE], ones[WIDE], zeros[WIDE];
+    alignas(64) T x[8][WIDE], dy[WIDE], dz[WIDE], out[WIDE], w[WIDE], b[WIDE], weights[WIDE], ones[WIDE], zeros[WIDE];
     uint8_t bytes[WIDE];
 
     Scratch() { fill(ones, SPAN, T(1)), fill(zeros, SPAN, T(0)); }
@@ -1256,19 +1256,14 @@ class Kernel {
             },
             [&](const Row& row, int64_t block, int64_t k, int64_t n, bool ends) {
                 Share share = membership(own, row, k, n);
-                if (share.outside && !own.n_held) return;
+                if (share.bytes || own.n_held) return dots_apart(own, from, sg, sgx, of, row, block, k, n, ends, share);
+                if (share.outside) return;
                 Params p = params(own, row, k, n);
-                Pair v{};
-                if (!share.outside) {
-                    v = pair(own, row, block, k, n, share, true, p, from);
-                    if (of.rows && ++*of.rows == MOST_ROWS) settle_slot(of);
-                }
+                Pair v = pair(own, row, block, k, n, share, true, p, from);
+                if (of.rows && ++*of.rows == MOST_ROWS) settle_slot(of);
                 walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                     int64_t at = begin - k;
                     Standard<One<T>> m = standard(from, id);
-                    const bool ended = ends || begin + many.n < k + n;
-                    if (share.bytes || own.n_held || !(ended || many.n == SPAN))
-                        return hold(own, v, p, share, row, k, begin, many.n, ended, m, of, sg[id], sgx[id]);
                     double sums[2] = {};
                     if (of.rows && p.w)
                         dot_sums(v.x + at, v.dz + at, many, m, Each<T>{p.w + at}, sums, of.lane_b + begin, of.lane_w + begin);
@@ -1286,37 +1281,46 @@ class Kernel {
         if (tabled) close();
     }
 
-    // Members of a run that lie apart are brought together, so that they are summed as if they lay side by side.
-    NOINLINE void hold(Own& own, const Pair& v, const Params& p, const Share& whole, const Row& row, int64_t k0, int64_t begin,
-                       int64_t n, bool ends, const Standard<One<T>>& m, const Slot& of, double& sg, double& sgx) {
-        const int64_t at = begin - k0;
-        const Share share = whole.from(at);
-        const T *w = p.w ? p.w + at : nullptr, *from[3] = {v.x + at, v.dz + at, w};
-        if (w && of && !share.outside) of_params(own, of, row, begin, n, {v.x + at, v.dz + at}, m);
-        auto flush = [&] {
-            double sums[2] = {};
-            auto add = [&](auto many) {
-                if (w) dot_sums(own.held[0], own.held[1], many, m, Each<T>{own.held[2]}, sums);
-                else dot_sums(own.held[0], own.held[1], many, m, One<T>{1}, sums);
+    // The same of a span whose members lie apart, or follow such: they are brought together, so that they are summed as if
+    // they lay side by side.
+    NOINLINE void dots_apart(Own& own, const Sets<T>& from, double* sg, double* sgx, const Slot& of, const Row& row,
+                             int64_t block, int64_t k, int64_t n, bool ends, const Share& share) {
+        Params p = params(own, row, k, n);
+        Pair v{};
+        if (!share.outside) v = pair(own, row, block, k, n, share, true, p, from);
+        walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
+            const int64_t at = begin - k;
+            Standard<One<T>> m = standard(from, id);
+            auto flush = [&] {
+                double sums[2] = {};
+                auto add = [&](auto some) {
+                    if (p.w) dot_sums(own.held[0], own.held[1], some, m, Each<T>{own.held[2]}, sums);
+                    else dot_sums(own.held[0], own.held[1], some, m, One<T>{1}, sums);
+                };
+                if (f.sets.kind == TABLE && own.n_held % 8 == 0 && own.n_held < BLOCK) add(Eights{own.n_held});
+                else add(Any{own.n_held});
+                if (!p.w && of) of.b[row.at[PARAM]] += sums[0], of.w[row.at[PARAM]] += sums[1];
+                if (!p.w) sums[0] *= double(p.ws), sums[1] *= double(p.ws);
+                sg[id] += sums[0], sgx[id] += sums[1];
+                own.n_held = 0;
             };
-            if (f.sets.kind == TABLE && own.n_held % 8 == 0 && own.n_held < BLOCK) add(Eights{own.n_held});
-            else add(Any{own.n_held});
-            if (!w && of) of.b[row.at[PARAM]] += sums[0], of.w[row.at[PARAM]] += sums[1];
-            double share = w ? 1.0 : double(p.ws);
-            sg += sums[0] * share, sgx += sums[1] * share;
-            own.n_held = 0;
-        };
-        for (int64_t k = 0; !share.outside && k < n;) {
-            int64_t more = std::min(n - k, SPAN - own.n_held), inside = more;
-            for (int q = 0; q < (w ? 3 : 2); ++q) {
-                T* to = own.held[q] + own.n_held;
-                if (share.bytes) inside = compacted(from[q] + k, share.bytes + k, more, to);
-                else std::memcpy(to, from[q] + k, sizeof(T) * size_t(more));
+            if (!share.outside) {
+                if (p.w && of) of_params(own, of, row, begin, many.n, {v.x + at, v.dz + at}, m);
+                const T* parts[3] = {v.x + at, v.dz + at, p.w ? p.w + at : nullptr};
+                for (int64_t i = 0, more; i < many.n; i += more) {
+                    more = std::min(many.n - i, SPAN - own.n_held);
+                    int64_t inside = more;
+                    for (int q = 0; q < (p.w ? 3 : 2); ++q) {
+                        T* to = own.held[q] + own.n_held;
+                        if (share.bytes) inside = compacted(parts[q] + i, share.bytes + at + i, more, to);
+                        else std::memcpy(to, parts[q] + i, sizeof(T) * size_t(more));
+                    }
+                    own.n_held += inside;
+                    if (own.n_held == SPAN) flush();
+                }
             }
-            own.n_held += inside, k += more;
-            if (own.n_held == SPAN) flush();
-        }
-        if (ends && own.n_held) flush();
+            if (own.n_held && (ends || begin + many.n < k + n)) flush();
+        });
     }
 
     // Adds dz and dz * xhat of some columns of a row to the sums of their parameters.

@@ -15,7 +15,7 @@ constexpr int64_t SPLIT = 256;   // a run of columns so long is summed by itself
 constexpr int64_t LONG = 16;     // columns of a run that pay for looking for its end
 constexpr int64_t SHORT = 8;     // shorter ones are not, however few rows share their columns
 
-struct Row {
+struct alignas(64) Row {  // a line of the cache
     int64_t at[STEPS];
 };
 
