@@ -201,12 +201,25 @@ class _Operand:
     def __init__(self, sets: Sets, steps: Mapping[int | Lookup, int]) -> None:
         axes = sets.axes
         self.steps = [steps.get(place, 0) for place in range(axes.rank)]
+        self.inwards = sorted(reversed(steps), key=steps.__getitem__)  # innermost first
         self.labels = []
         for term, step in steps.items():
             if isinstance(term, Lookup):
                 label, read = sets.labels[term.label], axes.places(term.axes)
                 ids = label.ids.permute(sorted(range(len(read)), key=read.__getitem__))
                 self.labels.append(_Label(tuple(sorted(read)), ids, label.count, step))
+
+
+    def counted(self, counts: Sequence[int]) -> list[int]:
+        """The steps, if axes had the sizes that they count as."""
+        result, step = [0] * len(counts), 1
+        for term in self.inwards:
+            if isinstance(term, Lookup):
+                step *= GROUPS
+            else:
+                result[term] = step
+                step *= counts[term]
+        return result
 
 
 class _Cutter:
@@ -448,10 +461,11 @@ class _Cutter:
         if any(set(label.axes) & set(columns) for label in operand.labels):
             return "table"
         real = [axis for axis in columns if self.counts[axis] != 1]
-        steps = [operand.steps[axis] for axis in real]
-        if not any(steps):
+        if not any(operand.steps[axis] for axis in real):
             return "one"
-        return "each" if steps == strides_of([self.sizes[axis] for axis in real]) else "table"
+        counted = operand.counted(self.counts)
+        straight = [counted[axis] for axis in real] == strides_of([self.counts[axis] for axis in real])
+        return "each" if straight else "table"
 
     def column(self, operand: _Operand, columns: list[int], blocks: list[int]) -> Column:
         kind = self.kind(operand, columns)

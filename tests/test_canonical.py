@@ -82,6 +82,10 @@ def bound_form(pattern, x, *, sizes=None, labels=None, affine=None, mask=None):
         mask=column(found["mask"]),
         params=column(found["params"]),
         param_label=torch.tensor(found["param_label"]) if "param_label" in found else None,
+        few=bool(found["few"]),
+        apart=bool(found["apart"]),
+        shared=bool(found["shared"]),
+        chunk=found["chunk"],
         injective=bool(found["injective"]),
         copied=bool(found["copied"]),
     )
@@ -89,6 +93,9 @@ def bound_form(pattern, x, *, sizes=None, labels=None, affine=None, mask=None):
 
 needs_library = pytest.mark.skipif(isinstance(library(), str), reason="the C++ kernels are left out")
 CUTTERS = ["python", pytest.param("library", marks=needs_library)]
+
+
+DECIDES = ("few", "apart", "shared", "chunk")  # how a set is summed
 
 
 def indices(dims):
@@ -269,3 +276,4 @@ def test_the_library_cuts_as_the_oracle_does(seed):
             assert (ours.columns, ours.copied) == (theirs.columns, theirs.copied), (pattern, x.shape, x.stride())
             assert (ours.ranges, ours.rows) == (theirs.ranges, theirs.rows), (pattern, x.shape, x.stride())
             assert (ours.mask.kind, ours.params.kind) == (theirs.mask.kind, theirs.params.kind)
+            assert [getattr(ours, name) for name in DECIDES] == [getattr(theirs, name) for name in DECIDES]

@@ -48,7 +48,7 @@ def _engine():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-    LIBRARY.flexnorm_set_width(0)
+    LIBRARY.set_width(0)
 
 
 # --- patterns whose sets lie inside of one sample --------------------------------------------------------------------
@@ -385,7 +385,7 @@ def test_alone_and_in_a_batch_of_other_dtypes(subject, dtype):
 @pytest.mark.parametrize("width", [1, 2])
 @pytest.mark.parametrize("name", ["group_norm", "utterance", "graph_all", "token_group"])
 def test_alone_and_in_a_batch_with_narrower_vectors(name, width):
-    LIBRARY.flexnorm_set_width(width)
+    LIBRARY.set_width(width)
     subject = next(s for s in SUBJECTS if s.name == name)
     differ = Differences()
     for variant in variants(subject, [7, 784]):

@@ -2,9 +2,11 @@
 // at every call, in less than a microsecond where no table is made. Nothing is kept.
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "form.h"
@@ -199,6 +201,7 @@ class Binder {
         f.sets.count = f.mask.count = f.params.count = 1;
         column(f.sets, OF_SETS, set_block, set_blocks);
         if (masked) column(f.mask, OF_MASK, nullptr, 0);
+        else if (p.present[OF_MASK]) f.mask.kind = kind(OF_MASK, cut);
         if (p.present[OF_PARAMS]) column(f.params, OF_PARAMS, param_block, param_blocks);
         f.n_sets = count(OF_SETS);
         f.n_params = p.present[OF_PARAMS] ? count(OF_PARAMS) : 0;
@@ -206,17 +209,25 @@ class Binder {
         f.mask_kind = masked ? v.mask_kind : int64_t(EVERYTHING);
         f.center = p.center, f.scale = p.scale, f.activation = p.activation, f.eps = p.eps;
         f.count = !masked && !p.labels_merge ? double(f.numel / std::max<int64_t>(1, f.n_sets)) : 0;
+        f.few = share(cut) < MANY;
+        f.apart = is_column(0, cut) && any_label(OF_SETS, 0);
+        f.shared = shared(cut, consumed, eaten);
+        f.chunk = chunk(cut);
         return true;
     }
 
    private:
     struct Steps {  // how far one more of an axis, or of a label, goes in a contiguous tensor
         int64_t step[MOST] = {}, label[MOST] = {};
-        int64_t counted[MOST] = {};  // the step, if axes had the sizes that they count as
+        uint64_t counted[MOST] = {};  // the step, if axes had the sizes that they count as
         bool reads[MOST] = {};
     };
 
-    static constexpr int64_t GROUPS = 16;  // values of a label, where the cut is chosen
+    // What decides the order of a sum: the names are those of canonical.py.
+    static constexpr int64_t GROUPS = 16;           // values of a label
+    static constexpr int64_t MANY = 4;              // rows that pay for a sum per column
+    static constexpr int64_t ROWS_OF_EACH = 1024;   // rows of a chunk, where every column has a set of its own
+    static constexpr int64_t ROWS = 512;            // where runs of columns have, at most
 
     const Pattern& p;
     const Numbers& v;
@@ -240,11 +251,11 @@ class Binder {
         }
     }
     void counted_steps(int operand) {
-        int64_t step = 1;
+        uint64_t step = 1;  // of many axes it goes round, as the others do that it is compared with
         for (int i = p.operand[operand].n - 1; i >= 0; --i) {
             int term = p.operand[operand].term[i];
             if (term >= 0) op[operand].counted[term] = step;
-            step *= term >= 0 ? counts[term] : GROUPS;
+            step *= uint64_t(term >= 0 ? counts[term] : GROUPS);
         }
     }
 
@@ -277,10 +288,10 @@ class Binder {
     // A cut decides in which order a set is summed. So it may not read what does not belong to a set: what such an axis
     // counts as, whatever its size.
     void count_unknown() {
-        constexpr int64_t SAMPLES = 16;                  // the first axis, where it is kept and nobody told its size
-        constexpr int64_t KEPT = 64;                     // any other kept axis whose size nobody told
-        constexpr int64_t MEMBERS = 256;                 // a pooled axis that a mask covers, or that a label reads with others
-        constexpr int64_t LABELLED = SAMPLES * MEMBERS;  // one that a label reads alone: so many members of so many sets
+        constexpr int64_t SAMPLES = 4;                  // the first axis, where it is kept and nobody told its size
+        constexpr int64_t KEPT = 64;                    // any other kept axis whose size nobody told
+        constexpr int64_t MEMBERS = 256;                // a pooled axis that a mask covers, or that a label reads with others
+        constexpr int64_t LABELLED = GROUPS * MEMBERS;  // one that a label reads alone: so many members of so many sets
         for (int a = 0; a < p.rank; ++a) {
             counts[a] = size[a];
             if (p.told[a] >= 0) continue;
@@ -292,9 +303,9 @@ class Binder {
             else if (op[OF_MASK].step[a]) counts[a] = MEMBERS;
         }
     }
-    int64_t counted(const int* axes, int k) const {
-        int64_t all = 1;
-        for (int i = 0; i < k; ++i) all *= counts[axes[i]];
+    double counted(const int* axes, int k) const {
+        double all = 1;
+        for (int i = 0; i < k; ++i) all *= double(counts[axes[i]]);
         return all;
     }
 
@@ -333,25 +344,29 @@ class Binder {
         for (int l = 0; l < p.labels; ++l)
             if (o.reads[l] && reads_columns(l, place)) return TABLE;
         bool any = false, straight = true;
-        int64_t expected = 1;
+        uint64_t expected = 1;
         for (int i = n - 1; i >= place; --i) {
             int a = order[i];
             if (counts[a] == 1) continue;
             any = any || o.step[a] != 0, straight = straight && o.counted[a] == expected;
-            expected *= counts[a];
+            expected *= uint64_t(counts[a]);
         }
         return !any ? ONE : straight ? EACH : TABLE;
     }
 
+    bool is_column(int axis, int place) const { return among(axis, order + place, n - place); }
+    bool any_label(int operand, int axis) const {
+        for (int l = 0; l < p.labels; ++l)
+            if (op[operand].reads[l] && reads(l, axis)) return true;
+        return false;
+    }
+
     // Columns that follow one another and for which the operand is one.
-    int64_t run(int operand, int place) const {
-        const Steps& o = op[operand];
-        int64_t all = 1;
+    double run(int operand, int place) const {
+        double all = 1;
         for (int i = n - 1; i >= place; --i) {
-            bool labelled = false;
-            for (int l = 0; l < p.labels; ++l) labelled = labelled || (o.reads[l] && reads(l, order[i]));
-            if (o.step[order[i]] || labelled) break;
-            all *= counts[order[i]];
+            if (op[operand].step[order[i]] || any_label(operand, order[i])) break;
+            all *= double(counts[order[i]]);
         }
         return all;
     }
@@ -380,45 +395,84 @@ class Binder {
         return k;
     }
 
-    // Work per element beside the passes over x that all cuts share, in units of one vectorized pass. It reads counts, and
-    // no size. It only ranks cuts.
-    double cost(int place) const {
-        constexpr double ROW = 10;         // to begin a row
-        constexpr double SHORT_RUN = 1.5;  // to sum runs of columns too short for a vector, where few rows share them
-        constexpr double RUN = 4;          // to begin a run of columns
-        constexpr double ENTRY = .5;       // to read an entry of a table; a tenth is left however many rows share it
-        constexpr double LABEL = 4;        // to make an entry from labels
-        constexpr int64_t LONG = 16;       // columns that fill a vector
-        constexpr int64_t WIDE = 4096;     // columns whose sums leave the first cache
-        constexpr int64_t MANY = 4;        // rows that pay for a sum per column
-        const int64_t width = counted(order + place, n - place), total = std::max<int64_t>(1, counted(order, n));
-        double work = ROW / double(std::max<int64_t>(1, width));
-        int eaten[MOST];
-        const int e = consumed(place, eaten);
-        int64_t groups = 1, pooled = 1, side_by_side = 1;
-        for (int i = 0; i < e; ++i)
-            if (op[OF_SETS].step[eaten[i]]) groups *= counts[eaten[i]];
+    // Rows of a range that have the same sets along the columns.
+    double share(int place) const {
+        int eaten[MOST], block[MOST];
+        const int e = consumed(place, eaten), b = blocks(OF_SETS, place, block);
+        double groups = 1, pooled = 1, members = 1;
         for (int l = 0; l < p.labels; ++l)
-            if (op[OF_SETS].reads[l] && !reads_columns(l, place)) groups *= GROUPS;
-        for (int i = 0; i < place; ++i)
-            if (!op[OF_SETS].step[order[i]] && !among(order[i], eaten, e)) pooled *= counts[order[i]];
+            if (op[OF_SETS].reads[l] && !reads_columns(l, place)) groups *= double(GROUPS);
+        for (int i = 0; i < place; ++i) {
+            const int a = order[i];
+            if (among(a, block, b)) continue;
+            const double many = double(counts[a]);
+            if (among(a, eaten, e)) members *= many, groups *= op[OF_SETS].step[a] ? many : 1;
+            else if (!op[OF_SETS].step[a]) pooled *= many;
+        }
+        return pooled * std::max(1.0, std::floor(members / groups));
+    }
+
+    // Whether no axis of the rows of a range leads to other parameters.
+    bool shared(int place, const int* eaten, int e) const {
+        const Steps& o = op[OF_PARAMS];
+        for (int i = 0; p.present[OF_PARAMS] && i < place; ++i) {
+            const int a = order[i];
+            bool within = among(a, eaten, e) || !op[OF_SETS].step[a];
+            if (within && counts[a] != 1 && (o.step[a] || any_label(OF_PARAMS, a))) return false;
+        }
+        return true;
+    }
+
+    int64_t chunk(int place) const {
+        const Kind of_sets = kind(OF_SETS, place);
+        if (of_sets == ONE) return 0;
+        if (of_sets == EACH) return ROWS_OF_EACH;
+        return std::min(ROWS, std::max<int64_t>(64, int64_t(double(CHUNK) / run(OF_SETS, place)) / 64 * 64));
+    }
+
+    // Work per element of forward and backward, beside the passes over x that all cuts share, in units of about 6 ns. It
+    // reads counts, and no size. It only ranks cuts.
+    double cost(int place) const {
+        constexpr double RANGE = 25;   // to begin a range
+        constexpr double ROW = 35;     // to begin a row that is summed in runs
+        constexpr double TILED = 10;   // to begin one that is summed column by column
+        constexpr double RUN = 15;     // to begin a run of columns
+        constexpr double SCATTER = 3;  // to sum columns that lie anywhere, one after another
+        constexpr double FOLD = 5;     // to add the sums of a column to those of its set: once for all rows that share it
+        constexpr double ENTRY = .5;   // to make an entry of a table, or to look one up for all rows
+        constexpr double LOOKUP = .8;  // to look up the parameters of every column at every row
+        constexpr double LABEL = 4;    // to make an entry from labels, which may be others at the next call
+        constexpr double SPREAD = .12; // to write the parameters of runs along the columns
+        constexpr double BLOCK = 1;    // to have another table every few rows
+        constexpr double LINES = .05;  // to sum columns whose sums leave the first cache
+        constexpr double WIDE = 4096;  // so many columns
+        const Kind of_sets = kind(OF_SETS, place);
+        if (of_sets == TABLE && unknown[0] && is_column(0, place))  // how samples lie is not the layout of a set
+            return std::numeric_limits<double>::infinity();
+        const double width = std::max(1.0, counted(order + place, n - place)), total = std::max(1.0, counted(order, n));
+        const double share = this->share(place), run = this->run(OF_SETS, place);
+        const bool by_column = of_sets == EACH || (of_sets == TABLE && run < double(share < MANY ? SHORT : SPLIT));
+        double work = (by_column ? TILED : ROW) / width + RANGE / (width * share), side_by_side = 1;
+        if (of_sets == TABLE) work += !by_column ? RUN / run : share < MANY ? SCATTER : FOLD / share;
         for (int i = place; i < n; ++i)
-            if (!unknown[order[i]]) side_by_side *= counts[order[i]];
-        const int64_t share = pooled * std::max<int64_t>(1, counted(eaten, e) / std::max<int64_t>(1, groups));
-        if (run(OF_SETS, place) < std::min(LONG, width) && share < MANY) work += SHORT_RUN;
+            if (!unknown[order[i]]) side_by_side *= double(counts[order[i]]);
         for (int o = 0; o < OPERANDS; ++o) {
             if (!p.present[o]) continue;
-            Kind what = kind(o, place);
-            if (what != ONE && side_by_side > WIDE && o != OF_MASK) work += ENTRY * .1;
-            if (what != TABLE) continue;
-            int block[MOST];
-            const int many = blocks(o, place, block);
-            bool labelled = false;
-            for (int l = 0; l < p.labels; ++l) labelled = labelled || (op[o].reads[l] && reads_columns(l, place));
-            work += (labelled ? LABEL : ENTRY) * double(counted(block, many)) * double(width) / double(total) + many;
-            const int64_t own = run(o, place);
-            work += own >= LONG && o != OF_MASK ? RUN / double(own)
-                                                : ENTRY * std::max(.1, 1 / double(std::max<int64_t>(1, share)));
+            const Kind what = kind(o, place);
+            if (what == TABLE) {
+                int block[MOST];
+                const int many = blocks(o, place, block);
+                bool labelled = false;
+                for (int l = 0; l < p.labels; ++l) labelled = labelled || (op[o].reads[l] && reads_columns(l, place));
+                work += (labelled ? LABEL : ENTRY) * counted(block, many) * width / total + BLOCK * many;
+                if (o == OF_MASK) work += ENTRY;
+                else if (o == OF_PARAMS && by_column) work += ENTRY * std::max(.1, 1 / share);
+                else if (o == OF_PARAMS) {
+                    const double own = this->run(o, place);
+                    work += own >= double(LONG) ? RUN / own + SPREAD : LOOKUP;
+                }
+            }
+            if (what != ONE && o != OF_MASK && side_by_side > WIDE) work += LINES;
         }
         return work;
     }
@@ -586,13 +640,16 @@ class Binder {
         auto& first = t.run_ptr[operand];
         runs.clear(), first.assign(1, 0);
         bool even = width % 8 == 0;
+        c.shortest = width, c.longest = 0;
         for (int64_t b = 0; b < many; ++b) {
             const int32_t* row = table.data() + b * width;
-            for (int64_t i = 0; i < width; ++i)
-                if (i == 0 || row[i] != row[i - 1]) {
-                    runs.push_back(int32_t(i));
-                    even = even && i % 8 == 0;
-                }
+            for (int64_t i = 0; i < width;) {
+                const int64_t begin = i++;
+                while (i < width && row[i] == row[begin]) ++i;
+                runs.push_back(int32_t(begin));
+                even = even && begin % 8 == 0;
+                c.shortest = std::min(c.shortest, i - begin), c.longest = std::max(c.longest, i - begin);
+            }
             first.push_back(int64_t(runs.size()));
         }
         c.runs = runs.data(), c.run_ptr = first.data();

@@ -1,9 +1,14 @@
-// What Python tells the kernels: the form of flexnorm/canonical.py, and the tensors of one call.
-// Python fills these structs by name (see __init__.py), so every field has eight bytes.
+// What the binder tells the kernels: the form (see flexnorm/canonical.py), and the tensors of one call.
 #pragma once
 #include <cstdint>
 
 constexpr int DIMS = 12;
+
+// What decides the order of a sum, so that the binder and the kernels must agree in it (and canonical.py).
+constexpr int64_t CHUNK = 1 << 16;  // elements of a set that are summed before they are merged with the next
+constexpr int64_t SPLIT = 256;      // a run of columns so long is summed by itself, whatever the rows
+constexpr int64_t SHORT = 8;        // shorter ones are not, however few rows share their columns
+constexpr int64_t LONG = 16;        // columns of a run that pay for looking for its end
 
 enum Step { X, Y, SET, MASK, PARAM, SET_BLOCK, PARAM_BLOCK, PARAM_LABEL, STEPS };
 enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };

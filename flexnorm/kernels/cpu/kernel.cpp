@@ -21,7 +21,6 @@
 namespace ARCH {
 
 constexpr int64_t LARGE = 1 << 18;   // elements of a range that is shared: 1 MiB of float32, the second cache of a core
-constexpr int64_t CHUNK = 1 << 16;   // elements of a chunk, and of what a thread takes of a range that is shared
 constexpr int64_t GRAIN = 1 << 15;   // elements that pay for waking a thread (5 us)
 constexpr int64_t STREAM = 1 << 24;  // bytes of a result that is written past the caches
 constexpr double FAR = 17;           // times that M2 may have been added, before the shift was too far away: 4 sigma

@@ -11,9 +11,6 @@ namespace ARCH {
 constexpr int64_t TILE = 512;    // columns at a time: sums of doubles and some rows of them fit in the first cache
 constexpr int64_t SPAN = 2048;   // columns of one row at a time
 constexpr int64_t BATCH = 64;    // rows at a time
-constexpr int64_t SPLIT = 256;   // a run of columns so long is summed by itself, whatever the rows
-constexpr int64_t LONG = 16;     // columns of a run that pay for looking for its end
-constexpr int64_t SHORT = 8;     // shorter ones are not, however few rows share their columns
 
 struct alignas(64) Row {  // a line of the cache
     int64_t at[STEPS];
