@@ -209,7 +209,6 @@ class _Operand:
                 ids = label.ids.permute(sorted(range(len(read)), key=read.__getitem__))
                 self.labels.append(_Label(tuple(sorted(read)), ids, label.count, step))
 
-
     def counted(self, counts: Sequence[int]) -> list[int]:
         """The steps, if axes had the sizes that they count as."""
         result, step = [0] * len(counts), 1

@@ -172,7 +172,8 @@ class Scratch {
     int64_t lanes_block, lanes_k, lanes_fields;
     alignas(64) T lane[6][NARROW], a[NARROW], d[NARROW], scaled[2][WIDE];
     Flow<T> flow;
-    alignas(64) T held[3][WIDE];  // x, dz and weights of members that lie apart
+    alignas(64) T eight[8][NARROW];  // dy or dz of eight rows
+    alignas(64) T held[3][WIDE];     // x, dz and weights of members that lie apart
     int64_t n_held = 0;
     Window window{};
     alignas(64) double column[5][NARROW];
@@ -221,7 +222,10 @@ class Kernel {
           weights(static_cast<const T*>(call.mask)), streams(form.numel * int64_t(sizeof(S)) > STREAM && (form.columns >= TILE || form.columns % 16 == 0)),
           leaves_dz(Same::value && form.activation && call.what == BACKWARD), broken(form.sets.kind == TABLE && !form.sets.even),
           one_param(form.shared), masked_along(form.mask.kind != ONE),
-          members(form.mask_kind == MEMBERSHIP && !masked_along ? bytes : nullptr) {}
+          members(form.mask_kind == MEMBERSHIP && !masked_along ? bytes : nullptr),
+          rowwise(walk.uniform() && walk.inner == 1 && form.sets.kind == ONE && form.columns <= SPAN && !masked_along &&
+                  form.mask_kind != WEIGHTS),
+          eights(form.shared && !masked_along) {}
 
     void run() {
         if (c.what >= BACKWARD) reserve_slots();
@@ -454,14 +458,15 @@ class Kernel {
         Sets<T> sets = own.sets(most * count);
         while (begin < end) {
             int64_t n = std::min(most, end - begin);
-            for (int64_t i = 0; i < n; ++i) ranges[i] = walk.range(begin + i);
+            walk.ranges(begin, n, ranges);
             begin += n;
             auto each = [&](auto&& body) {
                 for (int64_t i = 0; i < n; ++i) body(ranges[i], Part{0, ranges[i].rows, 0, f.columns}, sets.at(i * count));
             };
             if (f.order && begin < end) fetch_rows(walk.range(begin));
             if (c.what == FORWARD || c.what == STATISTICS) {
-                each([&](const Range& range, const Part& all, const Sets<T>& of) {
+                if (rowwise) sum_rows(own, sets.sums, ranges, n);
+                else each([&](const Range& range, const Part& all, const Sets<T>& of) {
                     if (is_chunk(range)) return sum(own, of.sums, range, all);
                     const std::vector<Part> parts = chunks(range);
                     sum(own, of.sums, range, parts[0]);
@@ -474,12 +479,15 @@ class Kernel {
                 write(sets, ranges, n, 0, count);
             } else
                 read(sets, ranges, n, 0, count);
-            if (c.what == FORWARD || c.what == APPLY)
-                each([&](const Range& range, const Part& all, const Sets<T>& of) { apply(own, of, range, all); });
+            if (c.what == FORWARD || c.what == APPLY) {
+                if (rowwise) apply_rows(own, sets, ranges, n);
+                else each([&](const Range& range, const Part& all, const Sets<T>& of) { apply(own, of, range, all); });
+            }
             if (c.what < BACKWARD) continue;
             if (c.what != BACKWARD_DX) {
                 fill(sets.sg, n * count, 0.0), fill(sets.sgx, n * count, 0.0);
-                each([&](const Range& range, const Part& all, const Sets<T>& of) {
+                if (rowwise) dot_rows(own, sets, ranges, n, slot);
+                else each([&](const Range& range, const Part& all, const Sets<T>& of) {
                     if (is_chunk(range)) return dots(own, of, of.sg, of.sgx, 0, range, all, slot);
                     Sums more = own.chunk(count);
                     for (const Part& part : chunks(range)) {
@@ -491,8 +499,9 @@ class Kernel {
                 write_dots(sets, ranges, n, 0, count);
             } else
                 read_dots(sets, ranges, n, 0, count);
-            if (c.what != BACKWARD_SUMS)
-                each([&](const Range& range, const Part& all, const Sets<T>& of) { gradients(own, of, range, all, slot); });
+            if (c.what == BACKWARD_SUMS) continue;
+            if (rowwise) gradients_of_rows(own, sets, ranges, n, slot);
+            else each([&](const Range& range, const Part& all, const Sets<T>& of) { gradients(own, of, range, all, slot); });
         }
     }
 
@@ -795,11 +804,15 @@ class Kernel {
         return s;
     }
 
-    Share membership(Own& own, const Row& row, int64_t k, int64_t n) const {
-        return f.mask_kind == MEMBERSHIP ? share(own, row, k, n) : Share{};
+    INLINE Share membership(Own& own, const Row& row, int64_t k, int64_t n) const {
+        Share s;
+        if (f.mask_kind != MEMBERSHIP) return s;
+        if (masked_along) return share(own, row, k, n);
+        s.outside = !bytes[row.at[MASK]];
+        return s;
     }
 
-    Params params(Own& own, const Row& row, int64_t k, int64_t n) const {
+    INLINE Params params(Own& own, const Row& row, int64_t k, int64_t n) const {
         Params p;
         p.known = true;
         if (!weight && !bias) return p;
@@ -811,21 +824,25 @@ class Kernel {
             p.w = weight ? weight + at + k : own.ones;
             p.b = bias ? bias + at + k : own.zeros;
         } else {
-            int64_t block = row.at[PARAM_BLOCK];
-            if (f.params.mean_run >= LONG)
-                walk.table_runs<Any>(f.params, block, k, k + n, [&](int64_t begin, Any many, int64_t id) {
-                    if (weight) fill(own.w + (begin - k), many.n, weight[at + id]);
-                    if (bias) fill(own.b + (begin - k), many.n, bias[at + id]);
-                });
-            else {
-                const int32_t* table = f.params.table + block * f.columns + k;
-                if (weight) gather(weight + at, table, own.w, n);
-                if (bias) gather(bias + at, table, own.b, n);
-            }
+            look_up(own, row, k, n);
             p.w = weight ? own.w : own.ones;
             p.b = bias ? own.b : own.zeros;
         }
         return p;
+    }
+
+    NOINLINE void look_up(Own& own, const Row& row, int64_t k, int64_t n) const {
+        const int64_t at = row.at[PARAM], block = row.at[PARAM_BLOCK];
+        if (f.params.mean_run >= LONG)
+            walk.table_runs<Any>(f.params, block, k, k + n, [&](int64_t begin, Any many, int64_t id) {
+                if (weight) fill(own.w + (begin - k), many.n, weight[at + id]);
+                if (bias) fill(own.b + (begin - k), many.n, bias[at + id]);
+            });
+        else {
+            const int32_t* table = f.params.table + block * f.columns + k;
+            if (weight) gather(weight + at, table, own.w, n);
+            if (bias) gather(bias + at, table, own.b, n);
+        }
     }
 
     Lanes lanes(Own& own, const Sets<T>& from, int64_t block, int64_t k, int64_t n, int fields) const {
@@ -856,6 +873,22 @@ class Kernel {
         // away; of doubles; and of weights, as it may weigh next to nothing.
         bool all = std::is_same<T, double>::value || f.mask_kind == WEIGHTS;
         if (all || most > FAR) again(own, sums, count, range, part, all ? 0.0 : FAR);
+    }
+
+    // Of ranges of one row each, which are closed together.
+    void sum_rows(Own& own, const Sums& sums, const Range* ranges, int64_t n) {
+        sums.clear(n, false);
+        for (int64_t i = 0; i < n; ++i) {
+            const Row& row = ranges[i].base;
+            if (members && !members[row.at[MASK]]) continue;
+            run(sums, i, values(x + row.at[X], own.x[0], f.columns), Share{}, Any{f.columns}, !f.center);
+        }
+        if (!f.center) fill(sums.s, n, 0.0);
+        double most = sums.close(n);
+        if (!f.center) return;
+        const double far = std::is_same<T, double>::value ? 0.0 : FAR;
+        for (int64_t i = 0; i < n && (far == 0 || most > far); ++i)
+            if (far == 0 || sums.added[i] > far) again(own, sums.at(i), 1, ranges[i], Part{0, 1, 0, f.columns}, far);
     }
 
     // Sets that are near stay as they are: what a set gives does not depend on the others.
@@ -1095,25 +1128,63 @@ class Kernel {
                     with(p, 0, [&](auto w, auto b) { fold(m.r, m.c, n, w, b, own.a, own.d); });
                     m.r = own.a, m.c = own.d;
                 }
-                for (int64_t i = 0; i < n_rows; ++i)
+                for (int64_t i = 0; i < n_rows; ++i) {
+                    if constexpr (Same::value)
+                        if (i + 8 <= n_rows && one_param && !f.activation && plain(rows + i)) {
+                            const T* v[8];
+                            T* to[8];
+                            for (int j = 0; j < 8; ++j) v[j] = x + rows[i + j].at[X] + k, to[j] = y + rows[i + j].at[Y] + k;
+                            normalize_eight(v, to, n, m.standard());
+                            i += 7;
+                            continue;
+                        }
                     y_of(own, rows[i], k, n, [&](const T* v, auto t) {
                         if (one_param) return normalize(v, t, Any{n}, m.standard());
                         Params p = params(own, rows[i], k, n);
                         with(p, 0, [&](auto w, auto b) { normalize(v, t, Any{n}, m.standard(), w, b); });
                     });
+                }
             },
             [&](const Row& row, int64_t block, int64_t k, int64_t n, bool) {
                 y_of(own, row, k, n, [&](const T* v, auto t) {
                     Params p = params(own, row, k, n);
                     walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
-                        Standard<One<T>> m = standard(from, id);
-                        int64_t at = begin - k;
-                        if (p.w) return normalize(v + at, t + at, many, m, Each<T>{p.w + at}, Each<T>{p.b + at});
-                        m.r.value *= p.ws, m.c.value = m.c.value * p.ws + p.bs;
-                        normalize(v + at, t + at, many, m);
+                        apply_run(v + (begin - k), t + (begin - k), many, standard(from, id), p, begin - k);
                     });
                 });
             });
+    }
+
+    // Of one set; `at`: where its columns begin among those of the parameters.
+    template <class O, class N>
+    INLINE static void apply_run(const T* v, O to, N n, Standard<One<T>> m, const Params& p, int64_t at) {
+        if (p.w) return normalize(v, to, n, m, Each<T>{p.w + at}, Each<T>{p.b + at});
+        m.r.value *= p.ws, m.c.value = m.c.value * p.ws + p.bs;
+        normalize(v, to, n, m);
+    }
+
+    void apply_rows(Own& own, const Sets<T>& from, const Range* ranges, int64_t n) {
+        for (int64_t i = 0; i < n; ++i) {
+            const Row row = only(ranges[i]);
+            y_of(own, row, 0, f.columns, [&](const T* v, auto t) {
+                apply_run(v, t, Any{f.columns}, standard(from, i), params(own, row, 0, f.columns), 0);
+            });
+        }
+    }
+
+    // The row of a range that has no other.
+    INLINE Row only(const Range& range) const {
+        Row row = range.base;
+        if (f.param_label) row.at[PARAM] += f.param_label[row.at[PARAM_LABEL]];
+        return row;
+    }
+
+    // Whether eight rows are inside of the mask, and their results go where they belong.
+    bool plain(const Row* rows) const {
+        if (streams || f.mask_kind == WEIGHTS || masked_along) return false;
+        bool inside = true;
+        for (int j = 0; members && j < 8; ++j) inside = inside && members[rows[j].at[MASK]];
+        return inside;
     }
 
     template <class F>
@@ -1154,16 +1225,17 @@ class Kernel {
     // x and dz of some columns of a row: dy through the activation. Outside of the mask they are the mean and 0. They are the
     // tensors themselves where they can be. An activation is worked out for the sums, and left where dx will be.
     template <class H, class Z>
-    Pair made(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, bool of_sums, H&& inside, Z&& z) {
-        Pair p{values(x + row.at[X] + k, own.x[0], n), nullptr};
+    NOINLINE Pair made(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, bool of_sums, H&& inside, Z&& z,
+              T* x_buffer, T* dy_buffer, T* dz_buffer) {
         bool left = !of_sums && leaves_dz;
-        p.dz = left ? left_at(row, k) : dy ? values(dy + row.at[Y] + k, own.dy, n) : own.zeros;
+        Pair p = given(own, row, k, n, x_buffer, dy_buffer);
+        if (left) p.dz = left_at(row, k);
         if (share.bytes) {
             inside(p.x, own.x[1]), keep(p.dz, own.dz, share.bytes, n, One<T>{0});
             p = {own.x[1], own.dz};
         }
         if (f.activation && !left) {
-            T* dz = leaves_dz ? left_at(row, k) : own.dz;
+            T* dz = leaves_dz ? left_at(row, k) : dz_buffer;
             if (p.dz != dz) std::memcpy(dz, p.dz, sizeof(T) * size_t(n));
             z(p.x, own.out);
             activate_backward(f.activation, own.out, dz, n);
@@ -1172,34 +1244,49 @@ class Kernel {
         return p;
     }
 
+    // Without an activation, and where no padding lies between.
+    INLINE bool is_given(const Share& share) const { return !share.bytes && !f.activation; }
+    INLINE Pair given(Own& own, const Row& row, int64_t k, int64_t n, T* x_buffer, T* dy_buffer) const {
+        return {values(x + row.at[X] + k, x_buffer, n), dy ? values(dy + row.at[Y] + k, dy_buffer, n) : own.zeros};
+    }
+
     T* left_at(const Row& row, int64_t k) const {
         if constexpr (Same::value) return y + row.at[Y] + k;
         else return nullptr;
     }
 
-    Pair pair(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, bool of_sums, const Params& p,
-              const Lanes& m) {
-        auto inside = [&](const T* v, T* to) { keep(v, to, share.bytes, n, Each<T>{m.high}); };
-        return made(own, row, k, n, share, of_sums, inside, [&](const T* v, T* z) {
-            with(p, 0, [&](auto w, auto b) { normalize(v, Place<T>{z}, Any{n}, m.standard(), w, b); });
-        });
+    INLINE Pair pair(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, bool of_sums, const Params& p,
+                     const Lanes& m) {
+        return pair(own, row, k, n, share, of_sums, p, m, own.x[0], own.dy, own.dz);
     }
 
-    Pair pair(Own& own, const Row& row, int64_t block, int64_t k, int64_t n, const Share& share, bool of_sums,
-              const Params& p, const Sets<T>& from) {
+    INLINE Pair pair(Own& own, const Row& row, int64_t k, int64_t n, const Share& share, bool of_sums, const Params& p,
+                     const Lanes& m, T* x_buffer, T* dy_buffer, T* dz_buffer) {
+        if (is_given(share)) return given(own, row, k, n, x_buffer, dy_buffer);
+        auto inside = [&](const T* v, T* to) { keep(v, to, share.bytes, n, Each<T>{m.high}); };
+        auto activated = [&](const T* v, T* z) {
+            with(p, 0, [&](auto w, auto b) { normalize(v, Place<T>{z}, Any{n}, m.standard(), w, b); });
+        };
+        return made(own, row, k, n, share, of_sums, inside, activated, x_buffer, dy_buffer, dz_buffer);
+    }
+
+    INLINE Pair pair(Own& own, const Row& row, int64_t block, int64_t k, int64_t n, const Share& share, bool of_sums,
+                     const Params& p, const Sets<T>& from) {
+        if (is_given(share)) return given(own, row, k, n, own.x[0], own.dy);
         auto inside = [&](const T* v, T* to) {
             walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                 int64_t at = begin - k;
                 keep(v + at, to + at, share.bytes + at, many.n, One<T>{from.high[id]});
             });
         };
-        return made(own, row, k, n, share, of_sums, inside, [&](const T* v, T* z) {
+        auto activated = [&](const T* v, T* z) {
             walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                 int64_t at = begin - k;
                 Standard<One<T>> m = standard(from, id);
                 with(p, at, [&](auto w, auto b) { normalize(v + at, Place<T>{z + at}, many, m, w, b); });
             });
-        });
+        };
+        return made(own, row, k, n, share, of_sums, inside, activated, own.x[0], own.dy, own.dz);
     }
 
     // Sums of g and g * xhat of a part of a range, sg[0] being that of set `first`; and of the parameters.
@@ -1225,9 +1312,20 @@ class Kernel {
                 fill(a, n, T(0)), fill(b, n, T(0));
                 Params p;
                 for (int64_t i = 0; i < n_rows; ++i) {
+                    if (eights && i + 8 <= n_rows) {
+                        if (!p.known) p = params(own, rows[0], k, n);
+                        const T *v[8], *dz[8];
+                        for (int j = 0; j < 8; ++j) {
+                            Pair own_row = pair(own, rows[i + j], k, n, Share{}, true, p, m, own.x[j], own.eight[j], own.eight[j]);
+                            v[j] = own_row.x, dz[j] = own_row.dz;
+                        }
+                        lane_dots_eight(v, dz, n, m.standard(), a, b);
+                        i += 7;
+                        continue;
+                    }
                     Share share = membership(own, rows[i], k, n);
                     if (share.outside) continue;
-                    if (i == 0 || !one_param || !p.known) p = params(own, rows[i], k, n);
+                    if (!one_param || !p.known) p = params(own, rows[i], k, n);
                     Pair v = pair(own, rows[i], k, n, share, true, p, m);
                     if (one_param) lane_dots(v.x, v.dz, Any{n}, m.standard(), One<T>{1}, a, b);
                     else with(p.w, p.ws, [&](auto w) { lane_dots(v.x, v.dz, Any{n}, m.standard(), w, a, b); });
@@ -1259,25 +1357,42 @@ class Kernel {
                 if (share.outside) return;
                 Params p = params(own, row, k, n);
                 Pair v = pair(own, row, block, k, n, share, true, p, from);
-                if (of.rows && ++*of.rows == MOST_ROWS) settle_slot(of);
+                count_row(of);
                 walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                     int64_t at = begin - k;
-                    Standard<One<T>> m = standard(from, id);
-                    double sums[2] = {};
-                    if (of.rows && p.w)
-                        dot_sums(v.x + at, v.dz + at, many, m, Each<T>{p.w + at}, sums, of.lane_b + begin, of.lane_w + begin);
-                    else if (p.w) {
-                        dot_sums(v.x + at, v.dz + at, many, m, Each<T>{p.w + at}, sums);
-                        if (of) of_params(own, of, row, begin, many.n, {v.x + at, v.dz + at}, m);
-                    } else {
-                        dot_sums(v.x + at, v.dz + at, many, m, One<T>{1}, sums);
-                        if (of) of.b[row.at[PARAM]] += sums[0], of.w[row.at[PARAM]] += sums[1];
-                        sums[0] *= double(p.ws), sums[1] *= double(p.ws);
-                    }
-                    sg[id] += sums[0], sgx[id] += sums[1];
+                    dots_of_run(own, of, row, begin, many, {v.x + at, v.dz + at}, p, at, standard(from, id), sg[id], sgx[id]);
                 });
             });
         if (tabled) close();
+    }
+
+    // Of one set, whose columns begin with `begin`, and `at` among those of the parameters.
+    template <class N>
+    INLINE void dots_of_run(Own& own, const Slot& of, const Row& row, int64_t begin, N n, const Pair& v, const Params& p,
+                            int64_t at, const Standard<One<T>>& m, double& sg, double& sgx) {
+        double sums[2] = {};
+        if (of.rows && p.w) dot_sums(v.x, v.dz, n, m, Each<T>{p.w + at}, sums, of.lane_b + begin, of.lane_w + begin);
+        else if (p.w) {
+            dot_sums(v.x, v.dz, n, m, Each<T>{p.w + at}, sums);
+            if (of) of_params(own, of, row, begin, n.n, v, m);
+        } else {
+            dot_sums(v.x, v.dz, n, m, One<T>{1}, sums);
+            if (of) of.b[row.at[PARAM]] += sums[0], of.w[row.at[PARAM]] += sums[1];
+            sums[0] *= double(p.ws), sums[1] *= double(p.ws);
+        }
+        sg += sums[0], sgx += sums[1];
+    }
+
+    void dot_rows(Own& own, const Sets<T>& from, const Range* ranges, int64_t n, int64_t slot) {
+        Slot of = c.dweight || c.dbias ? this->slot(slot) : Slot{};
+        for (int64_t i = 0; i < n; ++i) {
+            const Row row = only(ranges[i]);
+            if (members && !members[row.at[MASK]]) continue;
+            Params p = params(own, row, 0, f.columns);
+            Pair v = pair(own, row, 0, 0, f.columns, Share{}, true, p, from.at(i));
+            count_row(of);
+            dots_of_run(own, of, row, 0, Any{f.columns}, v, p, 0, standard(from, i), from.sg[i], from.sgx[i]);
+        }
     }
 
     // The same of a span whose members lie apart, or follow such: they are brought together, so that they are summed as if
@@ -1362,23 +1477,37 @@ class Kernel {
     }
 
     void gradients(Own& own, const Sets<T>& from, const Range& range, const Part& part, int64_t slot) {
-        double* pm = wants_mask() && (c.sum_g || c.what == BACKWARD) ? this->slot(slot).mask : nullptr;
+        double* pm = mask_slot(slot);
         own.lanes_of = nullptr;
         pieces(
             own, range, part, false,
             [&](const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n) {
                 Lanes m = lanes(own, from, block, k, n, 6);
                 Params p;
-                for (int64_t i = 0; i < n_rows; ++i)
+                Each<T> c1{m.c1}, c2{m.c2};
+                for (int64_t i = 0; i < n_rows; ++i) {
+                    if constexpr (Same::value)
+                        if (i + 8 <= n_rows && one_param && !f.activation && dy && !pm && plain(rows + i)) {
+                            if (!p.known) p = params(own, rows[i], k, n);
+                            const T *v[8], *dz[8];
+                            T* to[8];
+                            for (int j = 0; j < 8; ++j) {
+                                const Row& row = rows[i + j];
+                                v[j] = x + row.at[X] + k, dz[j] = dy + row.at[Y] + k, to[j] = y + row.at[Y] + k;
+                            }
+                            with(p.w, p.ws, [&](auto w) { gradient_eight(v, dz, to, n, m.standard(), w, c1, c2); });
+                            i += 7;
+                            continue;
+                        }
                     dx_of(own, rows[i], k, n, [&](const Share& share, auto t) {
                         if (!one_param || !p.known) p = params(own, rows[i], k, n);
                         Pair v = pair(own, rows[i], k, n, share, false, p, m);
-                        Each<T> c1{m.c1}, c2{m.c2};
                         if (pm) mask_dots(pm, rows[i], k, n, v.x, m.standard(), c1, c2, Each<T>{m.v});
                         with(share.weights, share.one, [&](auto part) {
                             with(p.w, p.ws, [&](auto w) { gradient(v.x, v.dz, t, Any{n}, m.standard(), w, c1, c2, part); });
                         });
                     });
+                }
             },
             [&](const Row& row, int64_t block, int64_t k, int64_t n, bool) {
                 dx_of(own, row, k, n, [&](const Share& share, auto t) {
@@ -1386,17 +1515,34 @@ class Kernel {
                     Pair v = pair(own, row, block, k, n, share, false, p, from);
                     walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                         int64_t at = begin - k;
-                        Standard<One<T>> m = standard(from, id);
-                        One<T> c1{from.c1[id]}, c2{from.c2[id]};
-                        if (pm) mask_dots(pm, row, begin, many.n, v.x + at, m, c1, c2, One<T>{from.v[id]});
-                        with(share.weights ? share.weights + at : nullptr, share.one, [&](auto part) {
-                            with(p.w ? p.w + at : nullptr, p.ws, [&](auto w) {
-                                gradient(v.x + at, v.dz + at, t + at, many, m, w, c1, c2, part);
-                            });
-                        });
+                        gradient_of_run(pm, row, begin, many, {v.x + at, v.dz + at}, t + at, share.from(at), p, at, from.at(id));
                     });
                 });
             });
+    }
+
+    // Of the set that `of` begins with, whose columns begin with `begin`, and `at` among those of the parameters.
+    template <class O, class N>
+    INLINE void gradient_of_run(double* pm, const Row& row, int64_t begin, N n, const Pair& v, O to, const Share& share,
+                                const Params& p, int64_t at, const Sets<T>& of) const {
+        Standard<One<T>> m = standard(of, 0);
+        One<T> c1{of.c1[0]}, c2{of.c2[0]};
+        if (pm) mask_dots(pm, row, begin, n.n, v.x, m, c1, c2, One<T>{of.v[0]});
+        with(share.weights, share.one, [&](auto part) {
+            with(p.w ? p.w + at : nullptr, p.ws, [&](auto w) { gradient(v.x, v.dz, to, n, m, w, c1, c2, part); });
+        });
+    }
+
+    void gradients_of_rows(Own& own, const Sets<T>& from, const Range* ranges, int64_t n, int64_t slot) {
+        double* pm = mask_slot(slot);
+        for (int64_t i = 0; i < n; ++i) {
+            const Row row = only(ranges[i]);
+            dx_of(own, row, 0, f.columns, [&](const Share& share, auto t) {
+                Params p = params(own, row, 0, f.columns);
+                Pair v = pair(own, row, 0, 0, f.columns, share, false, p, from.at(i));
+                gradient_of_run(pm, row, 0, Any{f.columns}, v, t, share, p, 0, from.at(i));
+            });
+        }
     }
 
     // The gradient of a weight: d mean / d w = (x - mean) / n, d var / d w = ((x - mean)^2 - var) / n.
@@ -1445,6 +1591,12 @@ class Kernel {
             s.rows = lane_rows.data() + i;
         }
         return s;
+    }
+
+    double* mask_slot(int64_t i) { return wants_mask() && (c.sum_g || c.what == BACKWARD) ? slot(i).mask : nullptr; }
+
+    void count_row(const Slot& of) {
+        if (of.rows && ++*of.rows == MOST_ROWS) settle_slot(of);
     }
 
     void settle_slot(const Slot& of) {
@@ -1508,6 +1660,8 @@ class Kernel {
     const bool one_param;     // all rows of a range have the same parameters
     const bool masked_along;  // masks of this pattern vary along the columns, also where none is given
     const uint8_t* members;   // the mask, where it says of whole rows whether they are inside
+    const bool rowwise;       // a range is one row, and that is all of one set
+    const bool eights;        // rows of a tile are taken by eight
     const uint64_t number = ++calls;  // of this call
     inline static std::atomic<uint64_t> calls{0};
 };

@@ -607,6 +607,16 @@ INLINE void normalize(const T* x, O y, N n, const Standard<V>& m) {
     sweep<T>(n, each, y.head(n.n));
 }
 
+// The same of eight rows at once.
+template <class T, class V>
+INLINE void normalize_eight(const T* const* x, T* const* y, int64_t n, const Standard<V>& m) {
+    sweep<T>(Any{n}, [=](auto pack, int64_t k) INLINE_LAMBDA {
+        using P = decltype(pack);
+        const P high = m.high.template at<P>(k), r = m.r.template at<P>(k), c = m.c.template at<P>(k);
+        for (int j = 0; j < 8; ++j) ((P::load(x[j] + k) - high) * r + c).store(y[j] + k);
+    });
+}
+
 template <class T, class O>
 INLINE void copy(const T* x, O y, int64_t n) {
     auto each = [=](auto pack, int64_t k) INLINE_LAMBDA { y.put(decltype(pack)::load(x + k), k); };
@@ -822,6 +832,19 @@ INLINE void lane_dots(const T* x, const T* dz, N n, const Standard<V>& m, W w, U
     });
 }
 
+// The sums of dz and dz * xhat of eight rows at once, added to those of every column.
+template <class T, class V>
+INLINE void lane_dots_eight(const T* const* x, const T* const* dz, int64_t n, const Standard<V>& m, T* a, T* b) {
+    sweep<T>(Any{n}, [=](auto pack, int64_t k) INLINE_LAMBDA {
+        using P = decltype(pack);
+        const P high = m.high.template at<P>(k), r = m.r.template at<P>(k), c = m.c.template at<P>(k);
+        P g[8], gx[8];
+        for (int j = 0; j < 8; ++j) g[j] = P::load(dz[j] + k), gx[j] = g[j] * ((P::load(x[j] + k) - high) * r + c);
+        add_to(a + k, ((g[0] + g[1]) + (g[2] + g[3])) + ((g[4] + g[5]) + (g[6] + g[7])));
+        add_to(b + k, ((gx[0] + gx[1]) + (gx[2] + gx[3])) + ((gx[4] + gx[5]) + (gx[6] + gx[7])));
+    });
+}
+
 // dx = (dz * w - (c1 + xhat * c2) * share) / sigma
 template <class T, class O, class V, class W, class U, class N>
 INLINE void gradient(const T* x, const T* dz, O dx, N n, const Standard<V>& m, W w, V c1, V c2, U share) {
@@ -832,6 +855,20 @@ INLINE void gradient(const T* x, const T* dz, O dx, N n, const Standard<V>& m, W
         dx.put((g - through * share.template at<P>(k)) * m.r.template at<P>(k), k);
     };
     sweep<T>(n, each, dx.head(n.n));
+}
+
+// The same of eight rows at once, of which each has a share of one.
+template <class T, class V, class W>
+INLINE void gradient_eight(const T* const* x, const T* const* dz, T* const* dx, int64_t n, const Standard<V>& m, W w, V c1, V c2) {
+    sweep<T>(Any{n}, [=](auto pack, int64_t k) INLINE_LAMBDA {
+        using P = decltype(pack);
+        const P high = m.high.template at<P>(k), r = m.r.template at<P>(k), c = m.c.template at<P>(k);
+        const P weight = w.template at<P>(k), mean = c1.template at<P>(k), slope = c2.template at<P>(k);
+        for (int j = 0; j < 8; ++j) {
+            P xhat = (P::load(x[j] + k) - high) * r + c;
+            ((P::load(dz[j] + k) * weight - (mean + xhat * slope)) * r).store(dx[j] + k);
+        }
+    });
 }
 
 }  // namespace ARCH

@@ -23,15 +23,18 @@ struct Range {
     int64_t rows;
 };
 
-inline void go(Row& row, const Dim& dim, int64_t index) {
-    for (int s = 0; s < STEPS; ++s) row.at[s] += index * dim.step[s];
+// So far along an axis, and one step, as vectors: left to itself a compiler takes them apart, and whoever reads a row that
+// was written in parts waits.
+using Places = Vector<int64_t, STEPS>::type;
+
+INLINE void go(Row& row, const Dim& dim, int64_t index) {
+    Places& at = *reinterpret_cast<Places*>(row.at);
+    at = at + *reinterpret_cast<const Places*>(dim.step) * index;
 }
 
-// One step along an axis, as vectors: left to itself a compiler takes them apart.
 INLINE void step(Row& row, const Dim& dim) {
-    using V = Vector<int64_t, STEPS>::type;
-    V& at = *reinterpret_cast<V*>(row.at);
-    at = at + *reinterpret_cast<const V*>(dim.step);
+    Places& at = *reinterpret_cast<Places*>(row.at);
+    at = at + *reinterpret_cast<const Places*>(dim.step);
 }
 
 class Walk {
@@ -67,6 +70,21 @@ class Walk {
         return r;
     }
 
+    // Ranges begin, begin + 1, ...: so many.
+    void ranges(int64_t begin, int64_t n, Range* to) const {
+        const bool steps = uniform() && f.n_outer > 0;
+        const Dim* last = f.outer + (f.n_outer - 1);
+        Range next;
+        for (int64_t i = 0, left = 0; i < n; ++i) {
+            if (left-- > 0) step(next.base, *last), next.set += last->step[SET];
+            else {
+                next = range(begin + i);
+                left = steps ? last->size - 1 - (begin + i) % last->size : 0;
+            }
+            to[i] = next;
+        }
+    }
+
     // Rows begin..end of a range, in batches that share the block of the sets: f(rows, how many). Only those that are inside.
     template <class I, class F>
     void rows(const Range& range, int64_t begin, int64_t end, const I& inside, F&& visit) const {
@@ -84,13 +102,12 @@ class Walk {
         const Dim* last = ordered ? nullptr : place.last;
         for (int64_t r = begin; r < end;) {
             Row row = place.outer(*this, range);
-            const Row base = row;
             int64_t i = place.i(), n = std::min(end - r, place.left());
             if (last) go(row, *last, place.segment ? range.first + i : i);
             for (r += n; n > 0; ++i, --n) {
-                if (ordered) member(row = base, range.first + i);
                 batch[filled] = row;
-                if (last) step(row, *last);
+                if (ordered) member(batch[filled], range.first + i);
+                else if (last) step(row, *last);
                 if (!all && !inside(batch[filled].at[MASK])) continue;
                 if (blocks && filled && batch[filled].at[SET_BLOCK] != batch[0].at[SET_BLOCK]) {
                     visit(batch, filled);
@@ -286,7 +303,7 @@ class Walk {
         return k == f.columns || table[k] != table[k - 1];
     }
 
-    void member(Row& row, int64_t place) const {
+    INLINE void member(Row& row, int64_t place) const {
         int64_t index = f.order ? f.order[place] : place;
         if (f.n_segment == 1) return go(row, f.segment[0], index);
         for (int64_t d = f.n_segment - 1; d >= 0; --d) {
