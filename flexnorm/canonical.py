@@ -201,7 +201,7 @@ class _Operand:
     def __init__(self, sets: Sets, steps: Mapping[int | Lookup, int]) -> None:
         axes = sets.axes
         self.steps = [steps.get(place, 0) for place in range(axes.rank)]
-        self.inwards = sorted(reversed(steps), key=steps.__getitem__)  # innermost first
+        self.inwards = sorted(steps, key=steps.__getitem__, reverse=True)[::-1]  # innermost first
         self.labels = []
         for term, step in steps.items():
             if isinstance(term, Lookup):

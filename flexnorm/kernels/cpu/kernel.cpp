@@ -228,8 +228,8 @@ class Kernel {
           eights(form.shared && !masked_along) {}
 
     void run() {
-        if (c.what >= BACKWARD) reserve_slots();
-        std::vector<Task> tasks = cut();
+        const std::vector<Task> tasks = cut();
+        if (c.what >= BACKWARD) reserve_slots(tasks);
         int64_t threads = f.numel < GRAIN ? 1 : c.threads;
         for (size_t i = 0; i < tasks.size();) {
             if (tasks[i].large) {
@@ -1608,10 +1608,13 @@ class Kernel {
         *of.rows = 0;
     }
 
-    void reserve_slots() {
+    void reserve_slots(const std::vector<Task>& tasks) {
         if (!wants_slots()) return;
         int64_t size = std::max<int64_t>(1, slot_size());
         n_slots = std::max<int64_t>(1, std::min(SLOTS, f.numel / (8 * size)));
+        bool large = false;
+        for (const Task& task : tasks) large = large || task.large;
+        if (!large) n_slots = std::max<int64_t>(1, std::min(n_slots, int64_t(tasks.size())));
         memory.reserve(n_slots * size);
         fill(memory.data(), n_slots * size, 0.0);
         lane_sums_of_params = wants_params() && f.params.kind == EACH && f.n_params == f.columns;

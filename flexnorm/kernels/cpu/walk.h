@@ -100,11 +100,24 @@ class Walk {
         Place place(*this, range, begin);
         const bool blocks = f.sets.kind == TABLE && f.sets.blocks > 1, all = inside.all(), ordered = place.ordered;
         const Dim* last = ordered ? nullptr : place.last;
+        const bool plain = all && !blocks && !ordered && !f.param_label;  // rows are equal steps apart, and all are met
         for (int64_t r = begin; r < end;) {
             Row row = place.outer(*this, range);
             int64_t i = place.i(), n = std::min(end - r, place.left());
+            r += n;
             if (last) go(row, *last, place.segment ? range.first + i : i);
-            for (r += n; n > 0; ++i, --n) {
+            for (int64_t more; plain && n > 0; n -= more) {
+                more = std::min(n, BATCH - filled);
+                for (int64_t j = filled; j < filled + more; ++j) {
+                    batch[j] = row;
+                    if (last) step(row, *last);
+                }
+                if ((filled += more) == BATCH) {
+                    visit(batch, filled);
+                    filled = 0;
+                }
+            }
+            for (; n > 0; ++i, --n) {
                 batch[filled] = row;
                 if (ordered) member(batch[filled], range.first + i);
                 else if (last) step(row, *last);
