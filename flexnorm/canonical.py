@@ -18,48 +18,19 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from .library import library
 from .partition import Partition
+from .pattern import MOST_DIMS
 from .sets import Sets, sets_of, strides_of
 from .spec import Lookup
 
 Kind = Literal["one", "each", "table"]
-
-# A cut decides in which order a set is summed. So it may not read what does not belong to a set: what such an axis
-# counts as, whatever its size.
-SAMPLES = 4  # along the first axis, where it is kept and nobody told its size
-KEPT = 64  # along any other kept axis whose size nobody told
-MEMBERS = 256  # along a pooled axis that a mask covers, or that a label reads together with others
-GROUPS = 16  # values of a label
-LABELLED = GROUPS * MEMBERS  # along an axis that a label reads alone: so many members of so many sets
-
-# Work per element, of forward and backward, in units of about 6 ns. They only rank cuts, so their ratios matter.
-RANGE = 25.0  # to begin a range
-ROW = 35.0  # to begin a row that is summed in runs
-TILED = 10.0  # to begin one that is summed column by column
-RUN = 15.0  # to begin a run of columns
-SCATTER = 3.0  # to sum columns that lie anywhere, one after another
-FOLD = 5.0  # to add the sums of a column to those of its set: once for all rows that share it
-ENTRY = 0.5  # to make an entry of a table, or to look one up for all rows
-LOOKUP = 0.8  # to look up the parameters of every column at every row
-LABEL = 4.0  # to make an entry from labels, which may be others at the next call
-SPREAD = 0.12  # to write the parameters of runs along the columns
-BLOCK = 1.0  # to have another table every few rows
-LINES = 0.05  # to sum columns whose sums leave the first cache
-WIDE = 4096  # so many columns
-
-# As in kernels/cpu/walk.h.
-MANY = 4  # rows that pay for a sum per column
-SPLIT = 256  # a run of columns so long is summed by itself, whatever the rows
-SHORT = 8  # shorter ones are not, however few rows share their columns
-LONG = 16  # columns of a run that pay for looking for its end
-CHUNK = 1 << 16  # elements of a set that are summed before they are merged with the next
-ROWS_OF_EACH = 1024  # rows that are, where every column has a set of its own
-ROWS = 512  # where runs of columns have, at most
+KINDS: tuple[Kind, ...] = ("one", "each", "table")  # by the library's numbers
 
 
 @dataclass(frozen=True)
@@ -129,11 +100,6 @@ class Form:
         segments_at: the place of `segments` among `outer` (groups) and among `inner` (elements), outermost is 0.
         sets, mask, params: how these depend on the column.
         param_label: numbers that labels add to the parameter of a row, read at the steps `param_label`.
-        few: few rows share the columns, so sums of every column do not pay.
-        apart: a label of the first axis is read along the columns. Samples are packed along it: whether members of a
-            set lie side by side depends on how these are sorted, so no sum may depend on it.
-        shared: all rows of a range have the same parameters.
-        chunk: rows that are summed before they are merged with the next; 0: so many as have CHUNK elements.
         injective: within a range every element has a parameter of its own.
         copied: x has no contiguous axis, or overlaps itself: kernels need a copy with the strides of y.
     """
@@ -147,10 +113,6 @@ class Form:
     mask: Column
     params: Column
     param_label: Tensor | None
-    few: bool
-    apart: bool
-    shared: bool
-    chunk: int
     injective: bool
     copied: bool
 
@@ -169,20 +131,84 @@ class Form:
         return math.prod(dim.size for dim in self.inner) * members
 
 
-def canonical(
+@dataclass(frozen=True)
+class Cut:
+    """Where the axes of x are cut into rows and columns. The library chooses it: kernels/cpu/bind.h.
+
+    Attributes:
+        order: axes in the order of the memory, without the ones that no form needs.
+        place: the first that is one of the columns.
+        kinds: how sets, mask and parameters depend on the column.
+        copied: x has no contiguous axis, or overlaps itself.
+    """
+
+    order: tuple[int, ...]
+    place: int
+    kinds: tuple[Kind, Kind, Kind]
+    copied: bool
+
+
+def cut_of(
     x: tuple[int, ...],
     y: tuple[int, ...],
     sets: Sets,
     mask: Sets | None = None,
     params: Sets | None = None,
     told: Iterable[int] = (),
+) -> Cut | None:
+    """The cut of a tensor with these strides in the elementary view; y are those of the result, without gaps.
+
+    `told` are the places of axes whose sizes were told before any tensor came, and will be the same at the next. None:
+    there is no library, or there are more axes than it takes.
+    """
+    kernels, axes = library(), sets.axes
+    if isinstance(kernels, str) or axes.rank > MOST_DIMS:
+        return None
+    lookups = list(dict.fromkeys(lookup for s in (sets, params) if s is not None for lookup in s.expr.lookups()))
+    mask = mask_of(sets, mask)
+    fixed = {place for place, name in enumerate(axes.names) if name.isdigit()}
+    known = {*told, *fixed}
+    pattern = kernels.pattern(
+        axes.rank,
+        tuple(range(axes.rank)),
+        tuple(size if place in known else -1 for place, size in enumerate(axes.sizes)),
+        tuple(axes.places(lookup.axes) for lookup in lookups),
+        _terms(sets.internal_steps, lookups),
+        None if mask is None else _terms(mask.written_steps, lookups),
+        None if params is None else _terms(params.written_steps, lookups),
+        *(True, True, 0, bool(sets.merges), 0.0),  # options are no part of it
+    )
+    found = kernels.bind(pattern, 0, axes.sizes, x, y, 0, None)
+    kinds = tuple(KINDS[kind] for kind in found["kinds"])
+    return Cut(tuple(found["order"]), found["cut"], cast("tuple[Kind, Kind, Kind]", kinds), bool(found["copied"]))
+
+
+def _terms(steps: Mapping[int | Lookup, int], lookups: list[Lookup]) -> tuple[tuple[int], ...]:
+    """What indexes a tensor, outermost first, each a dim of its own: an axis, or ~label."""
+    inwards = sorted(steps, key=steps.__getitem__, reverse=True)
+    return tuple((~lookups.index(term) if isinstance(term, Lookup) else term,) for term in inwards)
+
+
+def mask_of(sets: Sets, mask: Sets | None) -> Sets | None:
+    """A pattern that has a mask is cut as if it were given: then what is all valid is summed as what has no mask."""
+    if mask is None and sets.axes.spec.mask is not None:
+        return sets_of(sets.axes, sets.axes.spec.mask)
+    return mask
+
+
+def canonical(
+    x: tuple[int, ...],
+    y: tuple[int, ...],
+    sets: Sets,
+    mask: Sets | None,
+    params: Sets | None,
+    cut: Cut,
 ) -> Form:
-    """The form of a tensor with these strides in the elementary view; y are those of the result, without gaps.
+    """The form of a tensor with these strides in the elementary view, cut there; y are those of the result.
 
     Sets are numbered as in the internal shape; mask and parameters are contiguous as their expressions write them.
-    `told` are the places of axes whose sizes were told before any tensor came, and will be the same at the next.
     """
-    return _Cutter(x, y, sets, mask, params, told).best()
+    return _Former(x, y, sets, mask, params, cut).form()
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +227,6 @@ class _Operand:
     def __init__(self, sets: Sets, steps: Mapping[int | Lookup, int]) -> None:
         axes = sets.axes
         self.steps = [steps.get(place, 0) for place in range(axes.rank)]
-        self.inwards = sorted(steps, key=steps.__getitem__, reverse=True)[::-1]  # innermost first
         self.labels = []
         for term, step in steps.items():
             if isinstance(term, Lookup):
@@ -209,23 +234,9 @@ class _Operand:
                 ids = label.ids.permute(sorted(range(len(read)), key=read.__getitem__))
                 self.labels.append(_Label(tuple(sorted(read)), ids, label.count, step))
 
-    def counted(self, counts: Sequence[int]) -> list[int]:
-        """The steps, if axes had the sizes that they count as."""
-        result, step = [0] * len(counts), 1
-        for term in self.inwards:
-            if isinstance(term, Lookup):
-                step *= GROUPS
-            else:
-                result[term] = step
-                step *= counts[term]
-        return result
 
-
-class _Cutter:
-    """Tries every place between rows and columns, and makes the form of the best.
-
-    A pattern that has a mask is cut as if it were given: then what is all valid is summed as what has no mask.
-    """
+class _Former:
+    """Fills a form: steps of rows, tables of columns, groups of labels."""
 
     def __init__(
         self,
@@ -234,128 +245,20 @@ class _Cutter:
         sets: Sets,
         mask: Sets | None,
         params: Sets | None,
-        told: Iterable[int],
+        cut: Cut,
     ) -> None:
-        self.source, self.masked = sets, mask is not None
-        if mask is None and sets.axes.spec.mask is not None:
-            mask = sets_of(sets.axes, sets.axes.spec.mask)
+        self.source, self.masked, self.cut = sets, mask is not None, cut
+        mask = mask_of(sets, mask)
         self.sets = _Operand(sets, sets.internal_steps)
         self.mask, self.params = (None if s is None else _Operand(s, s.written_steps) for s in (mask, params))
         self.sizes = sets.axes.sizes
-        self.counts = list(self.sizes)
-        self.unknown: set[int] = set()  # kept axes whose sizes nobody told
-        self.count_unknown(frozenset(told))
-        read = {axis for operand in self.operands for label in operand.labels for axis in label.axes}
-        self.order = [a for a in memory_order(self.sizes, y) if self.counts[a] != 1 or a in read]
-        while self.order and self.lies_anywhere(self.order[-1], read):
-            self.order.pop()
-        self.copied = not _dense_inside(self.sizes, x, self.order)
-        self.x, self.y = (y if self.copied else x), y
-
-    def count_unknown(self, told: frozenset[int]) -> None:
-        """What axes count as, of which a cut may know no more than the layout of one set."""
-        for axis, name in enumerate(self.source.axes.names):
-            if axis in told or name.isdigit():
-                continue
-            labels = [label for label in self.sets.labels if axis in label.axes]
-            if self.sets.steps[axis]:
-                self.counts[axis] = KEPT if axis else SAMPLES
-                self.unknown.add(axis)
-            elif labels:
-                self.counts[axis] = LABELLED if all(len(label.axes) == 1 for label in labels) else MEMBERS
-            elif self.mask is not None and self.mask.steps[axis]:
-                self.counts[axis] = MEMBERS
-
-    def lies_anywhere(self, axis: int, read: set[int]) -> bool:
-        """Whether an innermost axis is a kept one of size 1, of which strides say nothing."""
-        return self.sizes[axis] == 1 and bool(self.sets.steps[axis]) and axis not in read
-
-    @property
-    def operands(self) -> list[_Operand]:
-        return [operand for operand in (self.sets, self.mask, self.params) if operand is not None]
-
-    def best(self) -> Form:
-        inner = len(self.order)
-        expected = 1
-        while inner and self.contiguous(self.order[inner - 1], expected):
-            inner -= 1
-            expected *= self.sizes[self.order[inner]]
-        places = range(inner, max(inner + 1, len(self.order)))
-        return self.form(min(places, key=lambda place: (self.cost(place), place)))
-
-    def contiguous(self, axis: int, step: int) -> bool:
-        return self.sizes[axis] == 1 or self.x[axis] == step == self.y[axis]
+        self.x, self.y = (y if cut.copied else x), y
 
     def size(self, axes: Iterable[int]) -> int:
         return math.prod(self.sizes[axis] for axis in axes)
 
-    def count(self, axes: Iterable[int]) -> int:
-        return math.prod(self.counts[axis] for axis in axes)
-
-    def cost(self, place: int) -> float:
-        """Work per element, beside the passes over x that all cuts share. It reads counts, and no size."""
-        rows, columns = self.order[:place], self.order[place:]
-        width, total = max(1, self.count(columns)), max(1, self.count(self.order))
-        share, run, kind = self.share(rows, columns), self.run(self.sets, columns), self.kind(self.sets, columns)
-        if kind == "table" and 0 in columns and 0 in self.unknown:
-            return math.inf  # how samples lie beside each other is not the layout of a set
-        by_column = kind == "each" or (kind == "table" and run < (SHORT if share < MANY else SPLIT))
-        work = (TILED if by_column else ROW) / width + RANGE / (width * share)
-        if kind == "table":
-            work += RUN / run if not by_column else SCATTER if share < MANY else FOLD / share
-        for operand in self.operands:
-            kind = self.kind(operand, columns)
-            if kind == "table":
-                blocks = self.blocks(operand, rows, columns)
-                labelled = any(set(label.axes) & set(columns) for label in operand.labels)
-                work += (LABEL if labelled else ENTRY) * self.count(blocks) * width / total + BLOCK * len(blocks)
-                if operand is self.mask:
-                    work += ENTRY
-                elif operand is self.params and by_column:
-                    work += ENTRY * max(0.1, 1 / share)
-                elif operand is self.params:
-                    own = self.run(operand, columns)
-                    work += RUN / own + SPREAD if own >= LONG else LOOKUP
-            if kind != "one" and operand is not self.mask:
-                work += LINES * (self.count(axis for axis in columns if axis not in self.unknown) > WIDE)
-        return work
-
-    def share(self, rows: Sequence[int], columns: Sequence[int]) -> int:
-        """Rows of a range that have the same sets along the columns."""
-        blocks = self.blocks(self.sets, rows, columns)
-        consumed = [axis for axis in self.consumed(rows, columns) if axis not in blocks]
-        labels = [label for label in self.sets.labels if not set(label.axes) & set(columns)]
-        groups = self.count(axis for axis in consumed if self.sets.steps[axis]) * GROUPS ** len(labels)
-        pooled = [axis for axis in rows if not (axis in consumed or axis in blocks or self.sets.steps[axis])]
-        members: int = self.count(consumed) // max(1, groups)
-        return self.count(pooled) * max(1, members)
-
-    def shared(self, within: Sequence[int]) -> bool:
-        """Whether no axis of the rows of a range leads to other parameters."""
-        if self.params is None:
-            return True
-        read = {axis for label in self.params.labels for axis in label.axes}
-        return not any(axis in read or self.params.steps[axis] for axis in within if self.counts[axis] != 1)
-
-    def chunk(self, columns: Sequence[int]) -> int:
-        kind = self.kind(self.sets, columns)
-        if kind == "one":
-            return 0
-        if kind == "each":
-            return ROWS_OF_EACH
-        return min(ROWS, max(64, CHUNK // self.run(self.sets, columns) // 64 * 64))
-
-    def run(self, operand: _Operand, columns: Sequence[int]) -> int:
-        """Columns that follow one another and for which the operand is one."""
-        run = 1
-        for axis in reversed(columns):
-            if operand.steps[axis] or any(axis in label.axes for label in operand.labels):
-                break
-            run *= self.counts[axis]
-        return run
-
-    def form(self, place: int) -> Form:
-        rows, columns = self.order[:place], self.order[place:]
+    def form(self) -> Form:
+        rows, columns = list(self.cut.order[: self.cut.place]), list(self.cut.order[self.cut.place :])
         consumed = self.consumed(rows, columns)
         set_blocks, param_blocks = (
             [] if operand is None else self.blocks(operand, rows, columns) for operand in (self.sets, self.params)
@@ -395,12 +298,8 @@ class _Cutter:
             mask=ONE if self.mask is None else self.column(self.mask, columns, []),
             params=ONE if self.params is None else self.column(self.params, columns, param_blocks),
             param_label=param_label,
-            few=self.share(rows, columns) < MANY,
-            apart=0 in columns and any(0 in label.axes for label in self.sets.labels),
-            shared=self.shared([*inner, *consumed]),
-            chunk=self.chunk(columns),
             injective=self.params is not None and all(self.params.steps[axis] for axis in within),
-            copied=self.copied,
+            copied=self.cut.copied,
         )
 
     # --- rows
@@ -456,25 +355,15 @@ class _Cutter:
 
     # --- columns
 
-    def kind(self, operand: _Operand, columns: Sequence[int]) -> Kind:
-        if any(set(label.axes) & set(columns) for label in operand.labels):
-            return "table"
-        real = [axis for axis in columns if self.counts[axis] != 1]
-        if not any(operand.steps[axis] for axis in real):
-            return "one"
-        counted = operand.counted(self.counts)
-        straight = [counted[axis] for axis in real] == strides_of([self.counts[axis] for axis in real])
-        return "each" if straight else "table"
-
     def column(self, operand: _Operand, columns: list[int], blocks: list[int]) -> Column:
-        kind = self.kind(operand, columns)
+        kind = self.cut.kinds[1 if operand is self.mask else 2]
         if kind != "table" or (operand is self.mask and not self.masked):
             return Column(kind)
         table, _, _ = self.table(operand, columns, blocks, compact=False)
         return Column(kind, table)
 
     def set_column(self, columns: list[int], blocks: list[int]) -> Column:
-        kind = self.kind(self.sets, columns)
+        kind = self.cut.kinds[0]
         if kind != "table":
             return Column(kind, None, self.size(columns) if kind == "each" else 1)
         table, count, offsets = self.table(self.sets, columns, blocks, compact=True)
@@ -529,11 +418,6 @@ def _joined(dims: Sequence[Dim]) -> list[Dim]:
         else:
             joined.append(dim)
     return joined
-
-
-def _dense_inside(sizes: Sequence[int], strides: Sequence[int], order: Sequence[int]) -> bool:
-    real = [axis for axis in order if sizes[axis] != 1]
-    return not real or (strides[real[-1]] == 1 and all(strides[axis] != 0 for axis in real))
 
 
 def memory_order(sizes: Iterable[int], strides: Iterable[int]) -> list[int]:

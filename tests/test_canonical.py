@@ -8,11 +8,12 @@ import cases
 import oracle
 import pytest
 import torch
+from cutter import Cutter
 
 from flexnorm import Partition
 from flexnorm.arguments import Formula, Options
 from flexnorm.axes import bind, solve
-from flexnorm.canonical import Column, Dim, Form, Segments, canonical
+from flexnorm.canonical import Column, Dim, Form, Segments, canonical, cut_of
 from flexnorm.library import library
 from flexnorm.sets import sets_of
 from flexnorm.spec import Spec
@@ -42,7 +43,9 @@ def form_of(pattern, x, *, sizes=None, labels=None, affine=None, mask=None):
     strides = x.view(axes.sizes).stride(), torch.empty_like(x).view(axes.sizes).stride()
     known = solve(spec, sizes or {})
     told = [place for place, name in enumerate(axes.names) if name in known]
-    return canonical(*strides, *operands, told), operands
+    cutter = Cutter(*strides, *operands, told)
+    cut = cutter.best()
+    return canonical(*strides, *operands, cut), operands, (cutter, cut, (*strides, *operands, told))
 
 
 def bound_form(pattern, x, *, sizes=None, labels=None, affine=None, mask=None):
@@ -82,20 +85,13 @@ def bound_form(pattern, x, *, sizes=None, labels=None, affine=None, mask=None):
         mask=column(found["mask"]),
         params=column(found["params"]),
         param_label=torch.tensor(found["param_label"]) if "param_label" in found else None,
-        few=bool(found["few"]),
-        apart=bool(found["apart"]),
-        shared=bool(found["shared"]),
-        chunk=found["chunk"],
         injective=bool(found["injective"]),
         copied=bool(found["copied"]),
-    )
+    ), (bool(found["few"]), bool(found["apart"]), bool(found["shared"]), found["chunk"])
 
 
 needs_library = pytest.mark.skipif(isinstance(library(), str), reason="the C++ kernels are left out")
 CUTTERS = ["python", pytest.param("library", marks=needs_library)]
-
-
-DECIDES = ("few", "apart", "shared", "chunk")  # how a set is summed
 
 
 def indices(dims):
@@ -143,7 +139,7 @@ def test_walk(case, cutter):
     p = oracle.Pattern(case.pattern, x.shape, kwargs["sizes"], kwargs["labels"])
     numbers = torch.arange(x.numel(), dtype=torch.float64).reshape(x.shape)
     for memory in memories(numbers):
-        form, (sets, mask, params) = form_of(
+        form, (sets, mask, params), _ = form_of(
             case.pattern, memory, sizes=kwargs["sizes"], labels=kwargs["labels"], affine=case.affine
         )
         if form.copied:
@@ -152,7 +148,7 @@ def test_walk(case, cutter):
         internal = torch.arange(math.prod(sets.shape)).reshape(sets.shape)
         if cutter == "library":
             how = {"sizes": kwargs["sizes"], "labels": kwargs["labels"], "affine": case.affine}
-            form = bound_form(case.pattern, memory, **how)
+            form, _ = bound_form(case.pattern, memory, **how)
         else:
             internal = sets.inward(internal)
         internal = internal.flatten().tolist()
@@ -207,7 +203,7 @@ IMAGE, LAST = torch.empty(16, 256, 56, 56, device="meta"), {"memory_format": tor
 )
 def test_forms_of_known_patterns(pattern, x, options, ranges, rows, columns):
     """Long columns, and no table for a dense pattern, but for groups of channels side by side."""
-    form, _ = form_of(pattern, x, **options)
+    form, *_ = form_of(pattern, x, **options)
     assert (form.ranges, form.rows, form.columns) == (ranges, rows, columns)
     assert not form.copied
     assert form.params.kind != "table"
@@ -269,11 +265,16 @@ def test_the_library_cuts_as_the_oracle_does(seed):
     """The place of the cut, and whether x is copied; tables are what `test_walk` looks at."""
     for pattern, shape, options in drawn(seed):
         for x in layouts(torch.empty(shape)):
-            theirs, (sets, *_) = form_of(pattern, x, **options)
+            theirs, (sets, _, params), (cutter, cut, asked) = form_of(pattern, x, **options)
+            assert cut_of(*asked) == cut, (pattern, x.shape, x.stride())
+            if params is not None:  # as a kernel asks that sums over parameters
+                strides, told = asked[:2], asked[-1]
+                of_params = (*strides, params, None, sets, told)
+                assert cut_of(*of_params) == Cutter(*of_params).best(), (pattern, x.shape, x.stride())
             if sets.written_steps != sets.internal_steps:  # sets that are numbered in another order have other tables
                 continue
-            ours = bound_form(pattern, x, **options)
+            ours, decides = bound_form(pattern, x, **options)
             assert (ours.columns, ours.copied) == (theirs.columns, theirs.copied), (pattern, x.shape, x.stride())
             assert (ours.ranges, ours.rows) == (theirs.ranges, theirs.rows), (pattern, x.shape, x.stride())
             assert (ours.mask.kind, ours.params.kind) == (theirs.mask.kind, theirs.params.kind)
-            assert [getattr(ours, name) for name in DECIDES] == [getattr(theirs, name) for name in DECIDES]
+            assert decides == cutter.decides(cut), (pattern, x.shape, x.stride())

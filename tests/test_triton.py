@@ -49,6 +49,16 @@ def test_refuses_with_a_reason():
         assert room.refusal(recipe_for("n c -> n", empty), Operands(empty)) == "x is empty"
 
 
+@inside
+def test_refuses_without_the_library(monkeypatch):
+    """It says where to cut, so a package that was not compiled runs on torch's operations, on CUDA too."""
+    x = torch.randn(4, 8, device=DEVICE)
+    recipe = recipe_for("n c -> n", x)
+    monkeypatch.setattr(room, "library", lambda: "the C++ kernels were not built")
+    expected = "the compiled library says where to cut, and the C++ kernels were not built"
+    assert room.refusal(recipe, Operands(x)) == expected
+
+
 def test_is_imported_without_triton():
     code = "import flexnorm.kernels.triton, sys; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -216,6 +216,10 @@ class Binder {
         return true;
     }
 
+    void kinds(int64_t* to) const {
+        for (int o = 0; o < OPERANDS; ++o) to[o] = p.present[o] ? kind(o, cut) : ONE;
+    }
+
    private:
     struct Steps {  // how far one more of an axis, or of a label, goes in a contiguous tensor
         int64_t step[MOST] = {}, label[MOST] = {};

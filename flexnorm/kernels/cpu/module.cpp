@@ -628,7 +628,7 @@ PyObject* described(const Column& c, int64_t columns) {
 }
 
 // bind(pattern, dtype, sizes of x, its strides, those of y, kind of the mask, labels as for `prepare`, or None): the form,
-// as a dict. Without labels: only the axes in the order of the memory, and the place of the cut.
+// as a dict. Without labels: only the axes in the order of the memory, the place of the cut and the kinds.
 PyObject* bind(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
     if (n_arguments != 7) return PyErr_Format(PyExc_TypeError, "bind takes 7 arguments");
     const Pattern& p = *pattern_of(a[0]);
@@ -664,7 +664,9 @@ PyObject* bind(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
     PyObject* to = made.get();
     if (!labelled) b.choose();
     else if (!b.form(f, v.mask_kind != EVERYTHING)) Py_RETURN_NONE;
-    put(to, "order", b.order, b.n), put(to, "cut", b.cut), put(to, "copied", b.copied);
+    int64_t kinds[OPERANDS];
+    b.kinds(kinds);
+    put(to, "order", b.order, b.n), put(to, "cut", b.cut), put(to, "copied", b.copied), put(to, "kinds", kinds, OPERANDS);
     if (!labelled) return made.release();
     put(to, "columns", f.columns), put(to, "injective", f.injective), put(to, "numel", f.numel);
     put(to, "outer", described(f.outer, f.n_outer)), put(to, "inner", described(f.inner, f.n_inner));

@@ -17,7 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ...canonical import Form, canonical
+from ...canonical import Form, canonical, cut_of
+from ...library import library
+from ...pattern import MOST_DIMS
+from ...sets import Sets
 from ...statistics import Moments
 from ..interface import Gradients, Kept, Operands, Recipe, Sums, stat_dtype
 from . import tables
@@ -42,6 +45,10 @@ def refusal(recipe: Recipe, operands: Operands) -> str | None:
         return "bfloat16 needs compute capability 8.0"
     if x.numel() == 0:
         return "x is empty"
+    if isinstance(kernels := library(), str):
+        return f"the compiled library says where to cut, and {kernels}"
+    if recipe.sets.axes.rank > MOST_DIMS:
+        return f"more than {MOST_DIMS} axes"
     if max(x.numel() // min(form(recipe, x).columns, x.numel()), recipe.sets.count) >= 2**31:
         return "2^31 rows or sets and more"
     if recipe.activation not in _ACTIVATIONS:
@@ -182,15 +189,23 @@ def form(recipe: Recipe, x: Tensor, owners: Owners = "sets") -> Form:
     device."""
     kept = _forms.setdefault(recipe, {})
     if owners not in kept or kept[owners][0] != x.stride():
-        sizes = recipe.sets.axes.sizes
-        y = torch.empty_like(x, device="meta")
-        owner = {"sets": recipe.sets, "params": recipe.params, "mask": recipe.mask}[owners]
-        assert owner is not None
-        params = recipe.params if owners == "sets" else recipe.sets
-        strides = x.view(sizes).stride(), y.view(sizes).stride()
-        found = canonical(*strides, owner, recipe.mask, params, recipe.told)
-        kept[owners] = (x.stride(), found)
+        operands = _operands(recipe, x, owners)
+        cut = cut_of(*operands, recipe.told)
+        assert cut is not None
+        kept[owners] = (x.stride(), canonical(*operands, cut))
     return kept[owners][1]
+
+
+Strides = tuple[int, ...]
+
+
+def _operands(recipe: Recipe, x: Tensor, owners: Owners) -> tuple[Strides, Strides, Sets, Sets | None, Sets | None]:
+    """Strides of x and y in the elementary view, and whose place is looked for: sets, mask and params."""
+    sizes, y = recipe.sets.axes.sizes, torch.empty_like(x, device="meta")
+    owner = {"sets": recipe.sets, "params": recipe.params, "mask": recipe.mask}[owners]
+    assert owner is not None
+    params = recipe.params if owners == "sets" else recipe.sets
+    return x.view(sizes).stride(), y.view(sizes).stride(), owner, recipe.mask, params
 
 
 def shown(recipe: Recipe, x: Tensor) -> tuple[str, bool]:
