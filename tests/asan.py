@@ -84,7 +84,17 @@ def main() -> int:
         return 1
     for path in BUILD.glob("report.*"):
         path.unlink()
-    settings = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", "-m", "not slow"]
+    settings = [
+        "-c",
+        str(ROOT / "pyproject.toml"),
+        "--rootdir",
+        str(ROOT),
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not slow and not long",
+    ]
+    settings += ["--capture=sys"]  # UBSan writes to the file descriptor, before the process ends
     tests = ["--leg", "sanitized", *(str(ROOT / "tests" / name) for name in ("test_cpu.py", "test_calls.py"))]
     status = python("-m", "pytest", "--quiet", *settings, *tests, *sys.argv[1:])
     print(*reports(), sep="\n", end="")

@@ -12,7 +12,7 @@ import cases
 import pytest
 import torch
 
-from flexnorm import Norm, Partition
+from flexnorm import Norm, Partition, normalize
 from flexnorm.arguments import Formula, Options
 from flexnorm.axes import bind
 from flexnorm.images import ChannelGroupNorm
@@ -430,6 +430,27 @@ def test_beside_larger_sets(name, rows):
         chosen = (ids == group).nonzero()[:, 0]
         part = results(subject, taken(subject, t, chosen))
         differ.compare(f"{size} rows alone", part, [r[chosen] for r in together])
+    differ.done()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 12])
+@pytest.mark.parametrize("before", [200, 300, 512, 1030])
+def test_sets_that_lie_across_tiles_of_columns(before, channels):
+    """The axis of the nodes is the innermost: a graph lies among the columns. In doubles every bit is seen."""
+    g = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(channels, before + 300, generator=g, dtype=torch.float64) for _ in range(2))
+    ids = torch.arange(before + 300) >= before
+    options = {"g": 1 if channels < 12 else 4}
+
+    def both(x, dy, ids):
+        x = x.t().requires_grad_()
+        y = normalize(x, "v (g c) -> graph[v] g", graph=Partition(ids.long()), **options)
+        return y.detach(), torch.autograd.grad(y, x, dy.t())[0]
+
+    together = both(x, dy, ids)
+    alone = both(x[:, before:].contiguous(), dy[:, before:].contiguous(), ids[before:] & False)
+    differ = Differences()
+    differ.compare(f"{channels} channels", [r[before:] for r in together], alone)
     differ.done()
 
 

@@ -594,9 +594,10 @@ class Kernel {
     }
 
     // A part of a range: tiles of columns of many rows (tile(rows, how many, block, k, n)), and spans of runs of one row
-    // (span(row, block, k, n, whether its last run ends there)). With `inside`, only what the mask says to be.
+    // (span(row, block, k, n, whether its last run ends there)). With `inside`, only what the mask says to be. With `singly`,
+    // the tiles of one row come before those of the next.
     template <class Tile, class Span>
-    void pieces(Own& own, const Range& range, const Part& part, bool inside, Tile&& tile, Span&& span) const {
+    void pieces(Own& own, const Range& range, const Part& part, bool inside, Tile&& tile, Span&& span, bool singly = false) const {
         const bool narrows = inside && f.sets.kind == ONE && f.mask_kind == MEMBERSHIP && f.mask.kind == EACH;
         const bool spans = walk.has_spans(), one_span = !narrows && walk.is_span(part.k0, part.k1);
         walk.rows(range, part.r0, part.r1, inside ? Inside{this, members} : Inside{}, [&](const Row* rows, int64_t n_rows) {
@@ -604,14 +605,15 @@ class Kernel {
             auto each = [&](int64_t k, int64_t n) { tile(rows, n_rows, block, k, n); };
             if (one_span)
                 for (int64_t i = 0; i < n_rows; ++i) span(rows[i], block, part.k0, part.k1 - part.k0, true);
-            else if (!spans) walk.stretches(block, part.k0, part.k1, each, [](int64_t, int64_t, bool) {});
+            else if (!spans && !singly) walk.stretches(block, part.k0, part.k1, each, [](int64_t, int64_t, bool) {});
             else
                 for (int64_t i = 0; i < n_rows; ++i) {
                     Part in = narrows ? window(own, rows[i], part) : part;
                     walk.stretches(
                         block, in.k0, in.k1,
                         [&](int64_t k, int64_t n) {
-                            if (i == 0) each(k, n);
+                            if (singly) tile(rows + i, 1, block, k, n);
+                            else if (i == 0) each(k, n);
                         },
                         [&](int64_t k, int64_t n, bool ends) { span(rows[i], block, k, n, ends); });
                 }
@@ -952,7 +954,8 @@ class Kernel {
                         return run(sums, id, v + (begin - k), share.from(begin - k), many, fixed);
                     flow(own, sums, id, v + (begin - k), share.from(begin - k), many.n, ended, fixed);
                 });
-            });
+            },
+            tabled && scatters);
         close();
     }
 
@@ -1092,6 +1095,7 @@ class Kernel {
         }
     }
 
+    // Row by row: a set that lies across two tiles is summed as one that lies in one.
     void scatter(Own& own, const Sums& sums, const Row* rows, int64_t n_rows, int64_t block, int64_t k, int64_t n,
                  bool fixed) {
         const int32_t* id = f.sets.table + block * f.columns + k;

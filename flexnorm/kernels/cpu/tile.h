@@ -453,6 +453,7 @@ class Flow {
     }
 
     void add(const T* RESTRICT x, int64_t n) {
+        if (n == 0) return;  // x may be null
         count += n;
         if (held) {
             int64_t more = std::min(n, BLOCK - held);
