@@ -733,11 +733,11 @@ class _BatchNorm1d(Norm, nn.BatchNorm1d):
     extra_repr = nn.BatchNorm1d.extra_repr
 
     def forward(self, x: Tensor, running: bool = False) -> Tensor:  # type: ignore[override]
-        mean, var = self.running_mean, self.running_var
+        mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if running and mean is not None and var is not None:
             return Norm.forward(self, x, moments=Moments(torch.ones_like(mean), mean, var))
-        alone = self._sharding is None or not self._ranks().groups
-        if (self.training or mean is None) and alone and x.dim() > 1 and x.numel() == x.shape[1]:
+        one = x.dim() > 1 and x.numel() == x.shape[1]
+        if one and (self.training or mean is None) and (self._sharding is None or not self._ranks().groups):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         return Norm.forward(self, x)
 

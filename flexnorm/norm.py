@@ -276,8 +276,9 @@ class Norm(nn.Module):
             kept: list[Any] | None = None
             if self.eps != formula.options.eps:
                 formula = self._with_own_eps()
-            if moments is None and own["_buffers"].get("running_mean") is not None:
-                self._check_kind(x)
+            if moments is None and (mean := own["_buffers"].get("running_mean")) is not None:
+                if x.dtype != mean.dtype:
+                    self._check_kind(x)
                 if not self.training:
                     moments = self._running()
                 elif self.track_running_stats:
@@ -556,7 +557,9 @@ class Norm(nn.Module):
     def _moved_in_place(self, x: Tensor, packed: Tensor, count: Tensor | None) -> bool:
         """Whether the library has moved the running statistics: plain buffers by a fixed momentum, in one pass."""
         own, cls = self._buffers, type(self)
-        if self.momentum is None or any(getattr(cls, name) is not getattr(Norm, name) for name in _TRACKED):
+        if self.momentum is None or cls._track is not Norm._track or cls._updated is not Norm._updated:
+            return False
+        if cls._values is not Norm._values or cls._set is not Norm._set:  # a subclass moves them in its own way
             return False
         if self._collected is not None or torch._C._current_graph_task_id() != -1:
             return False
@@ -873,9 +876,6 @@ def calibrate(
         assert tracked is not None
         tracked.copy_(values[1][1] * seen if tracked.dim() else torch.tensor(seen))
     return model
-
-
-_TRACKED = ("_values", "_updated", "_track", "_set")  # what the library does in one pass
 
 
 def checked_momentum(momentum: float | None) -> float | None:
