@@ -320,8 +320,8 @@ class Statistics(torch.autograd.Function):
         x, mask, *fields = ctx.saved_tensors
         how, operands = ctx.how, Operands(x, mask)
         task = torch._C._current_graph_task_id()
-        first, *others = [w for w in ctx.waiting.values() if w.task == task] or [None]
-        ctx.waiting = {}
+        own = [key for key in list(ctx.waiting) if key[0] == task]  # other threads may be at other passes
+        first, *others = [ctx.waiting.pop(key) for key in own] or [None]
         if torch.is_grad_enabled() or seen_through((dmean, dm2, x)):  # differentiated again: by the composition
             with torch.enable_grad():
                 m = how.composed(operands).statistics(x, mask)
@@ -341,7 +341,6 @@ class Statistics(torch.autograd.Function):
 class _Waiting(NamedTuple):
     """A gradient of x that is left to `Statistics.backward`, which then goes over x once, and not twice."""
 
-    task: int  # the backward pass
     how: How
     operands: Operands
     moments: Moments
@@ -419,7 +418,7 @@ class Apply(torch.autograd.Function):
         dx = None
         if behind is not None:
             task = torch._C._current_graph_task_id()
-            behind.waiting[id(ctx)] = _Waiting(task, how, operands, each(Tensor.detach, moments), dy)
+            behind.waiting[task, id(ctx)] = _Waiting(how, operands, each(Tensor.detach, moments), dy)
         elif needs[1]:
             dx = how.backward_dx(operands, moments, dy, None)[0]
         of_moments = aten.backward_moments(how.options, moments, sums) if any(needs[5:]) else (None, None, None)

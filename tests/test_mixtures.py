@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import on_ranks
 import oracle
@@ -855,3 +856,25 @@ def test_an_error_on_one_rank_is_one_on_all(two):
     patterns = ["n t c -> n c", "n t c -> c"]
     said = two.run(on_ranks.mixed, patterns, x[0], None, x[1], 0, [2, 2], {"sharded": "n"}, fails=1)
     assert all("the same sets" in text for text in said)
+
+
+def test_threads_that_differentiate_one_graph():
+    """What a gradient leaves for the moments' own pass belongs to one backward pass: that of its thread."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 6, 6, requires_grad=True)
+    loss = SwitchableNorm(8)(x).pow(3).sum()
+    (expected,) = torch.autograd.grad(loss, x, retain_graph=True)
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            (found,) = torch.autograd.grad(loss, x, retain_graph=True)
+            if not torch.equal(found, expected):
+                wrong.append(float((found - expected).abs().max()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
