@@ -163,7 +163,7 @@ class _OfGraphs(Norm):
         # Not Norm.forward, which would look for given labels a second time.
         if self._direct:
             return self._directly(x, None, {"batch": graphs}, own)
-        return self._normalize(x, None, None, None, own, {"batch": graphs})[0]
+        return self._normalized(x, None, None, None, own, {"batch": graphs})[0]
 
 
 def _read(x: Tensor, batch: Any, count: int | None, name: str, told: str) -> Partition:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .axes import divisors
+from .call import Call
 from .errors import ShapeError, SpecError, say, shown
 from .functional import moments, normalize
 from .images import ChannelGroupNorm, over_pixels
@@ -348,18 +349,14 @@ class SoftGroupNorm(Norm):
         """
         return super().forward(input, mask)
 
-    def _normalize(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        moments: Moments | None,
-        *others: Any,
-    ) -> tuple[Tensor, Moments | None]:
-        # not in forward: a mask may be given from around
-        mask = over_pixels(x, mask) if isinstance(x, Tensor) else mask
-        return super()._normalize(x, mask, weight, bias, self._mixed(x, mask), *others)
+    def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask over all pixels. `forward` does not do it, because `given` may bring a mask."""
+        return over_pixels(x, mask) if isinstance(x, Tensor) else mask
+
+    def fit_call(self, call: Call) -> Call:
+        """With the moments of the soft groups."""
+        call = super().fit_call(call)
+        return call._replace(moments=self._mixed(call.x, call.mask))
 
     def _mixed(self, x: Tensor, mask: Tensor | None) -> Moments:
         """The moments that every channel is normalized by, (N, C)."""

@@ -153,7 +153,8 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
             return self._directly(input, mask, {}, moments)
         return super().forward(input, mask, moments=moments)
 
-    def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+    def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask over all pixels. C is what the layer was built for."""
         if x.dim() > 1 and x.shape[1] != self.num_channels:
             turned = ", or x.movedim(-1, 1)" if x.shape[-1] == self.num_channels else ""
             raise ShapeError(

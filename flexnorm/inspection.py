@@ -689,13 +689,12 @@ def _watched(layer: Norm, note: Callable[[_Call], None]) -> Iterator[None]:
     """Within, the layer tells what meets its pattern, asks no rank, and evaluates without having seen a batch."""
     run = layer._run
 
-    def noting(
-        x: Any, mask: Any, weight: Any, bias: Any, moments: Any, dynamic: Any, partitions: Any, *others: Any
-    ) -> Any:
+    def noting(call: Any, moments: Any, partitions: Any, *others: Any) -> Any:
         read = dict(partitions)
-        layer._read(dynamic, read)
-        note(_Call(x, mask, read))
-        return run(x, mask, weight, bias, moments, dynamic, partitions, *others)
+        layer._read(call.names, read)
+        if call.formula.spec is layer._formula.spec:
+            note(_Call(call.x, call.mask, read))
+        return run(call, moments, partitions, *others)
 
     before = [(part, dict(part.__dict__)) for part in layer.modules() if isinstance(part, Norm)]
     for part, _ in before:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import Formula, Label, Options, Param, label_missing
+from .call import Call, Used
 from .errors import SpecError, say, shown
 from .functional import ALONE, own_moments
 from .images import broadcasts, over_pixels
@@ -347,36 +348,28 @@ class Mixture(Norm):
         names = [axis.name for axis in pattern.x.axes()]
         return str(pattern), labels, {name: size for name, size in self._sizes.items() if name in names}
 
-    def _normalize(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        moments: Moments | None,
-        dynamic: Mapping[str, Any],
-        return_moments: bool = False,
-    ) -> tuple[Tensor, Moments | None]:
-        larger: list[Moments] = []
-        own = moments
-        if moments is None:
-            for norm in self._runs():
-                norm._check_kind(x)
-            partitions = self._static.beside(x)
-            if self._sharding is None:  # apart from the other, as a compiler knows no such block
-                self._check_labels(dynamic, partitions)
-                own = own_moments(self._formula, x, mask, partitions)
-                larger = self._coarsened(own, partitions)
-            else:
-                own, larger = self._over_ranks(x, mask, self._params(weight, bias), dynamic, partitions)
-            moments = self._mixed(self._alternatives(own, larger, partitions))
-        y, _ = super()._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
-        if not return_moments:
+    def used(self, call: Call) -> Used | None:
+        """The moments of all patterns, mixed. The moments of the finest sets are what is seen."""
+        if call.moments is not None:
+            return None
+        x, mask = call.x, call.mask
+        for norm in self._runs():
+            norm._check_kind(x)
+        partitions = self._static.beside(x)
+        if self._sharding is None:  # apart from the other, because a compiler knows no such block
+            self._check_labels(call.names, partitions)
+            own = own_moments(self._formula, x, mask, partitions)
+            larger = self._coarsened(own, partitions)
+        else:
+            own, larger = self._over_ranks(x, mask, self._params(call.weight, call.bias), call.names, partitions)
+
+        def track() -> None:
             for k, m in enumerate(larger):
-                of_pattern = self._running_of(k)
-                if of_pattern is not None and of_pattern.training and of_pattern.track_running_stats:
-                    of_pattern._track(m)
-        return y, own
+                norm = self._running_of(k)
+                if norm is not None and norm.training and norm.track_running_stats:
+                    norm._track(m)
+
+        return Used(self._mixed(self._alternatives(own, larger, partitions)), own, track)
 
     def _running_of(self, k: int) -> Norm | None:
         """What keeps the running statistics of a pattern, if it has any."""
@@ -508,8 +501,9 @@ class _OfImages(Mixture):
             return super().forward(input, mask, moments=moments, return_moments=True)
         return super().forward(input, mask, moments=moments)
 
-    def _normalize(self, x: Tensor, mask: Tensor | None, *others: Any) -> tuple[Tensor, Moments | None]:
-        return super()._normalize(x, over_pixels(x, mask) if isinstance(x, Tensor) else mask, *others)
+    def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask over all pixels."""
+        return over_pixels(x, mask) if isinstance(x, Tensor) else mask
 
 
 class SwitchableNorm(_OfImages):

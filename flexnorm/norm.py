@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .arguments import Formula, Label, Options, Param, as_partition, check_eps, label_names, sort_names, spec_along
 from .axes import solve
+from .call import Call, Used
 from .context import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
 from .functional import ALONE, bound, own_moments, run
@@ -152,7 +153,8 @@ class Norm(nn.Module):
             per_set = self._counts_per_set and momentum is None and any(True for _ in self._spec.sets.lookups())
             self.num_batches_tracked = torch.empty(shape if per_set else (), device=device, dtype=torch.int64)
         cls = type(self)
-        plain = (cls._normalize, cls._run, cls._params) == (Norm._normalize, Norm._run, Norm._params)
+        own = ("fit_call", "unfit", "used", "_run", "_params")
+        plain = all(getattr(cls, name) is getattr(Norm, name) for name in own)
         self._direct = plain and cumulative is None and conditional is None
         self.reset_parameters()
 
@@ -243,12 +245,12 @@ class Norm(nn.Module):
         if not (something_given() or self._was_given):
             if self._direct and weight is None and bias is None and not return_moments:
                 return self._directly(x, mask, dynamic, moments)
-            y, used = self._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
+            y, used = self._normalized(x, mask, weight, bias, moments, dynamic, return_moments)
             return (y, used) if return_moments else y
         around = given_here()
         mask = self._from_around(around, mask, dynamic)
         try:
-            y, used = self._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
+            y, used = self._normalized(x, mask, weight, bias, moments, dynamic, return_moments)
         except (SpecError, ShapeError) as error:
             if not around:
                 raise
@@ -284,7 +286,7 @@ class Norm(nn.Module):
                 elif self.track_running_stats:
                     kept = []
             if mask is not None:
-                mask = self._fit(x, mask)
+                mask = self.fit_mask(x, mask)
                 own["_masked"] = True
             partitions = own["_static"].beside(x) if own["_static"].held else {}
             if dynamic:
@@ -297,7 +299,7 @@ class Norm(nn.Module):
                 if kept and not self._moved_in_place(x, *kept):
                     self._track(moments_of(x, kept))
                 return y
-        return self._normalize(x, mask, None, None, moments, dynamic)[0]
+        return self._normalized(x, mask, None, None, moments, dynamic)[0]
 
     def _with_own_eps(self) -> Formula:
         """The formula, where somebody has set `eps` anew."""
@@ -307,11 +309,33 @@ class Norm(nn.Module):
             formula = self._formula = Formula(formula.spec, options, formula.affines, self._sizes)
         return formula
 
-    def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The mask as the pattern has it. A subclass checks x here, which has other axes in its container."""
+    # --- what a layer of a field makes of a call
+
+    def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask as the pattern reads it. A layer of a field overrides this, and checks the axes of x here."""
         return mask
 
-    def _normalize(
+    def fit_call(self, call: Call) -> Call:
+        """The call as the formula reads it: the container of a field becomes x, a mask and labels.
+
+        A layer of a field overrides this if `fit_mask` is not enough. It calls this method on what it has made.
+        """
+        mask = self.fit_mask(call.x, call.mask)
+        return call if mask is call.mask else call._replace(mask=mask)
+
+    def unfit(self, call: Call, y: Tensor) -> Tensor:
+        """The result in the container of the user's own call. The reverse of `fit_call`."""
+        return y
+
+    def used(self, call: Call) -> Used | None:
+        """The moments that a layer makes of the moments of x, because it normalizes by others. None: it does not.
+
+        Args:
+            call: the call as the formula reads it.
+        """
+        return None
+
+    def _normalized(
         self,
         x: Tensor,
         mask: Tensor | None,
@@ -319,49 +343,45 @@ class Norm(nn.Module):
         bias: Tensor | None,
         moments: Moments | None,
         dynamic: Mapping[str, Any],
-        return_moments: bool = False,
+        want: bool = False,
     ) -> tuple[Tensor, Moments | None]:
-        """The result, and with `return_moments` the moments; otherwise these may run on."""
-        mask = self._fit(x, mask)
+        """The result. The moments too if the call wants them; otherwise the running statistics may move."""
+        made = Call(self._with_own_eps(), x, mask, weight, bias, moments, dynamic, want)
+        call = self.fit_call(made)
+        if mask is not None and not torch.compiler.is_compiling():
+            self.__dict__["_masked"] = True
+        others = self.used(call)
+        moments = call.moments if others is None else others.moments
         runs = moments is None and self._buffers.get("running_mean") is not None
         if runs and not self.training:
             moments = self._running()
-        if mask is not None and not torch.compiler.is_compiling():
-            self.__dict__["_masked"] = True
-        partitions = self._static.beside(x) if self._static.held else {}
-        tracked = self.training and self.track_running_stats and runs and not return_moments
+        partitions = self._static.beside(call.x) if self._static.held else {}
+        tracked = self.training and self.track_running_stats and runs and not want
         ranks = ALONE if self._sharding is None or moments is not None else self._ranks()
         if ranks is ALONE:
-            y, used = self._run(x, mask, weight, bias, moments, dynamic, partitions, tracked, return_moments, ranks)
+            y, seen = self._run(call, moments, partitions, tracked, ranks)
         else:
             with ranks:
-                y, used = self._run(x, mask, weight, bias, moments, dynamic, partitions, tracked, return_moments, ranks)
-        if tracked and used is not None:
-            self._track(used)
-        return y, used
+                y, seen = self._run(call, moments, partitions, tracked, ranks)
+        y = self.unfit(made, y)
+        if tracked and seen is not None:
+            self._track(seen)
+        if others is not None:
+            if not want:
+                others.track()
+            return y, others.seen
+        return y, seen
 
     def _run(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        moments: Moments | None,
-        dynamic: Mapping[str, Any],
-        partitions: dict[str, Partition],
-        tracked: bool,
-        apart: bool,
-        ranks: Ranks,
+        self, call: Call, moments: Moments | None, partitions: dict[str, Partition], tracked: bool, ranks: Ranks
     ) -> tuple[Tensor, Moments | None]:
-        self._check_kind(x)
-        if dynamic:
-            self._read(dynamic, partitions)
-        params = self._params(weight, bias)
-        formula = self._with_own_eps()
+        self._check_kind(call.x)
+        if call.names:
+            self._read(call.names, partitions)
+        params = self._params(call.weight, call.bias)
         along = self._cumulative is not None
-        return run(
-            formula, x, mask, params, moments, partitions, tracked=tracked, apart=apart, cumulative=along, ranks=ranks
-        )
+        how = {"tracked": tracked, "apart": call.want, "cumulative": along, "ranks": ranks}
+        return run(call.formula, call.x, call.mask, params, moments, partitions, **how)  # type: ignore[arg-type]
 
     def _check_kind(self, x: Tensor) -> None:
         mean = self._buffers.get("running_mean")
@@ -453,7 +473,7 @@ class Norm(nn.Module):
         else:  # a compiler knows no such block
             m, past = self._chunk(*given)
         until = each(lambda before, new: torch.cat([before[..., None], new], -1), past, m).cumulative()
-        y, _ = self._normalize(x, mask, weight, bias, each(lambda t: t[..., 1:], until), dynamic)
+        y, _ = self._normalized(x, mask, weight, bias, each(lambda t: t[..., 1:], until), dynamic)
         new = each(lambda t: t[..., -1], until)
         assert new.low is not None
         return y, (new.count, new.mean, new.m2, new.low)

@@ -6,20 +6,21 @@ Each is a pattern over `Norm`, and how its labels, weights or statistics come ab
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .arguments import Label, Options
+from .arguments import Formula, Label, Options
+from .call import Call, Used
 from .errors import ShapeError, SpecError, as_int, say, shown
 from .functional import moments as moments_of
-from .functional import normalize
 from .images import broadcasts, over_pixels
 from .norm import Norm
 from .partition import Partition, labelled, whole
+from .spec import Spec
 from .statistics import Moments, each
 
 __all__ = [
@@ -31,6 +32,10 @@ __all__ = [
     "TemporalGroupNorm",
     "WeightedGroupNorm",
 ]
+
+
+_OVER_PIXELS = Spec.parse("n (g c) ..., n ... -> n g")
+_OF_CHANNELS = _OVER_PIXELS.read("(g c)", "affine")
 
 
 class WeightedGroupNorm(Norm):
@@ -127,35 +132,22 @@ class WeightedGroupNorm(Norm):
         """
         return super().forward(input, mask, moments=moments)
 
-    def _normalize(
-        self, x: Tensor, mask: Tensor | None, weight: Any, bias: Any, moments: Moments | None, *others: Any
-    ) -> tuple[Tensor, Moments | None]:
+    def fit_call(self, call: Call) -> Call:
+        """The weights of the channels stand where the pattern has a mask.
+
+        With a mask of pixels, the pattern is one over pixels, and the moments of the channels are weighed.
+        """
+        x, mask = call.x, call.mask
         if mask is None or not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != self.num_channels:
-            masked = self._masked
-            result = super()._normalize(x, self.channel_weight, weight, bias, moments, *others)
-            if not torch.compiler.is_compiling():
-                self.__dict__["_masked"] = masked  # the weights are its own
-            return result
-        sizes, pixels = {"g": self.num_groups}, over_pixels(x, mask)
+            return call._replace(mask=self.channel_weight)
+        sizes, pixels, moments = {"g": self.num_groups}, over_pixels(x, mask), call.moments
         if moments is None:
             alone = moments_of(x, "n c ..., n ... -> n c", pixels)
             moments = alone.weighed(self.channel_weight).coarsen("n (g c) -> n g", sizes=sizes)
-        if not torch.compiler.is_compiling():
-            self.__dict__["_masked"] = True
-        y = normalize(
-            x,
-            "n (g c) ..., n ... -> n g",
-            pixels,
-            weight=self.weight,
-            bias=self.bias,
-            affine=None if self._affine is None else "(g c)",
-            eps=self.eps,
-            activation=self._options.activation,
-            moments=moments,
-            sizes=sizes,
-            c=self.num_channels // self.num_groups,
-        )
-        return y, moments
+        affines = [] if self._affine is None else [_OF_CHANNELS]
+        sizes = {**sizes, "c": self.num_channels // self.num_groups}
+        formula = Formula(_OVER_PIXELS, call.formula.options, affines, sizes)
+        return call._replace(formula=formula, mask=pixels, moments=moments)
 
 
 class TemporalGroupNorm(Norm):
@@ -319,8 +311,9 @@ class SpectralGroupNorm(Norm):
         """
         return super().forward(input, mask)
 
-    def _normalize(self, x: Tensor, *others: Any) -> tuple[Tensor, Moments | None]:
-        frequencies = self._sizes["f"]
+    def fit_call(self, call: Call) -> Call:
+        """The bins of x."""
+        x, frequencies = call.x, self._sizes["f"]
         if not isinstance(x, Tensor) or x.is_complex() or not x.is_floating_point():
             raise SpecError(say("x is a floating tensor, a signal", received=shown(x), instead="x.float()"))
         if x.dim() < 3 or x.shape[-1] < 1 or x.shape[-1] // 2 + 1 != frequencies:
@@ -334,16 +327,22 @@ class SpectralGroupNorm(Norm):
             )
         wide, samples = x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1]
         if x.numel():
-            first = wide[..., :1].detach()  # transformed by itself, as its rounding would reach all bands
+            first = wide[..., :1].detach()  # transformed by itself, because its rounding would reach all bands
             bins = torch.fft.rfft(wide - first, norm="ortho")
             bins = bins + functional.pad(first * math.sqrt(samples), (0, frequencies - 1))
-            bins, used = super()._normalize(bins, *others)
-            y = torch.fft.irfft(bins, n=samples, norm="ortho")
-        else:  # of which torch makes no transform
-            bins, used = super()._normalize(wide[..., :frequencies].to(wide.dtype.to_complex()), *others)
-            y = functional.pad(bins.real, (0, samples - frequencies))
-        y = y.to(x.dtype)
-        return y if self.activation is None else getattr(functional, self.activation)(y), used
+        else:  # torch makes no transform of it
+            bins = wide[..., :frequencies].to(wide.dtype.to_complex())
+        return super().fit_call(call._replace(x=bins))
+
+    def unfit(self, call: Call, y: Tensor) -> Tensor:
+        """The signal of the bins, and the activation over time."""
+        samples = call.x.shape[-1]
+        if call.x.numel():
+            y = torch.fft.irfft(y, n=samples, norm="ortho")
+        else:
+            y = functional.pad(y.real, (0, samples - self._sizes["f"]))
+        y = y.to(call.x.dtype)
+        return y if self.activation is None else getattr(functional, self.activation)(y)
 
     def extra_repr(self) -> str:
         """What `Norm` shows, and the activation."""
@@ -423,20 +422,13 @@ class SubgraphNorm(Norm):
         """
         return super().forward(x, mask, labels=_given(part=part, batch=batch))
 
-    def _normalize(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        moments: Moments | None,
-        dynamic: Mapping[str, Any],
-        return_moments: bool = False,
-    ) -> tuple[Tensor, Moments | None]:
-        if "batch" not in dynamic and isinstance(x, Tensor):
+    def fit_call(self, call: Call) -> Call:
+        """Without a batch, all nodes are one graph."""
+        x = call.x
+        if "batch" not in call.names and isinstance(x, Tensor):
             one = Partition._made(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
-            dynamic = {**dynamic, "batch": one}
-        return super()._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
+            call = call._replace(names={**call.names, "batch": one})
+        return super().fit_call(call)
 
 
 class RegionNorm(Norm):
@@ -510,23 +502,15 @@ class RegionNorm(Norm):
         """
         return super().forward(x, mask, labels=_given(region=region))
 
-    def _normalize(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        moments: Moments | None,
-        dynamic: Mapping[str, Any],
-        return_moments: bool = False,
-    ) -> tuple[Tensor, Moments | None]:
-        region = dynamic.get("region")
+    def fit_call(self, call: Call) -> Call:
+        """The mask and the regions over all pixels; a bool mask of two regions as numbers."""
+        x, mask, names, region = call.x, call.mask, call.names, call.names.get("region")
         if isinstance(x, Tensor) and x.dim() > 1:  # what does not fit, the pattern refuses
             mask = over_pixels(x, mask)
             region = _expanded(x, region) if isinstance(region, Tensor) else region
         if isinstance(region, Tensor):
-            dynamic = {**dynamic, "region": region.long() if region.dtype == torch.bool else region}
-        return super()._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
+            names = {**names, "region": region.long() if region.dtype == torch.bool else region}
+        return call._replace(mask=mask, names=names)
 
 
 class SensorNorm(Norm):
@@ -686,34 +670,27 @@ class DemographicNorm(Norm):
         """
         return super().forward(x, mask, return_moments=return_moments, labels=_given(group=group))  # type: ignore[call-overload]
 
-    def _normalize(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        moments: Moments | None,
-        dynamic: Mapping[str, Any],
-        return_moments: bool = False,
-    ) -> tuple[Tensor, Moments | None]:
+    def fit_call(self, call: Call) -> Call:
+        """The group of every row as a row of the statistics."""
+        mask = call.mask
         if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
             rule, instead = "the mask is bool, as members of a group are counted", "mask > 0, say"
             raise SpecError(say(rule, received=f"mask={shown(mask)}", instead=instead))
-        group = self._shifted(dynamic.get("group"))
-        dynamic = dynamic if group is None else {**dynamic, "group": group}
-        if moments is not None or not self.training or not isinstance(group, Partition):
-            return super()._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
+        group = self._shifted(call.names.get("group"))
+        return call if group is None else call._replace(names={**call.names, "group": group})
+
+    def used(self, call: Call) -> Used | None:
+        """In training: the moments of everyone for rows without a group, and where a group has too few members."""
+        group = call.names.get("group")
+        if call.moments is not None or not self.training or not isinstance(group, Partition):
+            return None
         over: dict[str, Any] = {}
         if self._sharding is not None:
             over = {"sharded": self._sharding.names, "process_group": self.process_group}
-        own = moments_of(x, self._spec.text, mask, f=self.num_features, group=group, **over)
+        own = moments_of(call.x, self._spec.text, call.mask, f=self.num_features, group=group, **over)
         everyone = own.coarsen("group f -> f")
         seen = each(lambda of_all, of_groups: torch.cat([of_all[None], of_groups[1:]]), everyone, own)
-        used = _filled(seen, seen.count >= self.min_members)
-        y, _ = super()._normalize(x, mask, weight, bias, used, dynamic)
-        if not return_moments:
-            self._track(seen)
-        return y, seen
+        return Used(_filled(seen, seen.count >= self.min_members), seen, lambda: self._track(seen))
 
     def extra_repr(self) -> str:
         """The arguments that it was built with."""

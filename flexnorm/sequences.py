@@ -339,8 +339,8 @@ class _OfSequences(Norm, nn.GroupNorm):
         if mask is None and x.numel() == self.num_groups:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
 
-    def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """As in `Norm`; a mask from around has not been looked at before."""
+    def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask over batch and time; a mask that `given` has brought was not read before."""
         self._check_values(x, mask)
         return None if mask is None else as_mask(mask, **self._place(x))
 

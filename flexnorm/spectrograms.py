@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .call import Call
 from .errors import ShapeError, SpecError, as_int, say, shown
 from .functional import moments as moments_of
 from .norm import Norm
@@ -283,8 +284,8 @@ class MelBandNorm(Norm):
         _check(x, self._sizes["f"])
         return super().forward(x, _frames(x, lengths, mask), moments=moments)
 
-    def _fit(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        # not in forward: a mask may be given from around
+    def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask over frames. `forward` does not do it, because `given` may bring a mask."""
         return _frames(x, None, mask)
 
 
@@ -407,20 +408,14 @@ class CepstralNorm(Norm):
         _check(x, self._sizes.get("f"))
         return super().forward(x, _frames(x, lengths, mask))
 
-    def _normalize(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        moments: Moments | None,
-        dynamic: Mapping[str, Any],
-        return_moments: bool = False,
-    ) -> tuple[Tensor, Moments | None]:
-        mask = _frames(x, None, mask)  # not in forward alone: a mask may be given from around
-        if self.mode == "fixed":
-            moments = self._fitted()
-        return super()._normalize(x, mask, weight, bias, moments, dynamic, return_moments)
+    def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask over frames. `forward` does not do it alone, because `given` may bring a mask."""
+        return _frames(x, None, mask)
+
+    def fit_call(self, call: Call) -> Call:
+        """With the fitted statistics, in that mode."""
+        call = super().fit_call(call)
+        return call._replace(moments=self._fitted()) if self.mode == "fixed" else call
 
     def _fitted(self) -> Moments:
         mean, var = self.running_mean, self.running_var

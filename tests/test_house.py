@@ -26,6 +26,7 @@ ORDER = [
     "statistics",
     "kernels",
     "arguments",
+    "call",
     "gradients",
     "ops",
     "ranks",
