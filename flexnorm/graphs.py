@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from .arguments import Label
+from .call import Call
 from .context import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
 from .functional import by_share, moments, normalize
@@ -163,7 +164,7 @@ class _OfGraphs(Norm):
         # Not Norm.forward, which would look for given labels a second time.
         if self._direct:
             return self._directly(x, None, {"batch": graphs}, own)
-        return self._normalized(x, None, None, None, own, {"batch": graphs})[0]
+        return self._normalized(Call(self._with_own_eps(), x, moments=own, names={"batch": graphs}))[0]
 
 
 def _read(x: Tensor, batch: Any, count: int | None, name: str, told: str) -> Partition:

@@ -245,12 +245,14 @@ class Norm(nn.Module):
         if not (something_given() or self._was_given):
             if self._direct and weight is None and bias is None and not return_moments:
                 return self._directly(x, mask, dynamic, moments)
-            y, used = self._normalized(x, mask, weight, bias, moments, dynamic, return_moments)
+            call = Call(self._with_own_eps(), x, mask, weight, bias, moments, dynamic, return_moments)
+            y, used = self._normalized(call)
             return (y, used) if return_moments else y
         around = given_here()
         mask = self._from_around(around, mask, dynamic)
         try:
-            y, used = self._normalized(x, mask, weight, bias, moments, dynamic, return_moments)
+            call = Call(self._with_own_eps(), x, mask, weight, bias, moments, dynamic, return_moments)
+            y, used = self._normalized(call)
         except (SpecError, ShapeError) as error:
             if not around:
                 raise
@@ -299,7 +301,7 @@ class Norm(nn.Module):
                 if kept and not self._moved_in_place(x, *kept):
                     self._track(moments_of(x, kept))
                 return y
-        return self._normalized(x, mask, None, None, moments, dynamic)[0]
+        return self._normalized(Call(self._with_own_eps(), x, mask, None, None, moments, dynamic))[0]
 
     def _with_own_eps(self) -> Formula:
         """The formula, where somebody has set `eps` anew."""
@@ -335,20 +337,10 @@ class Norm(nn.Module):
         """
         return None
 
-    def _normalized(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        moments: Moments | None,
-        dynamic: Mapping[str, Any],
-        want: bool = False,
-    ) -> tuple[Tensor, Moments | None]:
+    def _normalized(self, made: Call) -> tuple[Tensor, Moments | None]:
         """The result. The moments too if the call wants them; otherwise the running statistics may move."""
-        made = Call(self._with_own_eps(), x, mask, weight, bias, moments, dynamic, want)
-        call = self.fit_call(made)
-        if mask is not None and not torch.compiler.is_compiling():
+        call, want = self.fit_call(made), made.want
+        if made.mask is not None and not torch.compiler.is_compiling():
             self.__dict__["_masked"] = True
         others = self.used(call)
         moments = call.moments if others is None else others.moments
@@ -473,7 +465,8 @@ class Norm(nn.Module):
         else:  # a compiler knows no such block
             m, past = self._chunk(*given)
         until = each(lambda before, new: torch.cat([before[..., None], new], -1), past, m).cumulative()
-        y, _ = self._normalized(x, mask, weight, bias, each(lambda t: t[..., 1:], until), dynamic)
+        before = each(lambda t: t[..., 1:], until)
+        y, _ = self._normalized(Call(self._with_own_eps(), x, mask, weight, bias, before, dynamic))
         new = each(lambda t: t[..., -1], until)
         assert new.low is not None
         return y, (new.count, new.mean, new.m2, new.low)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flexnorm import Norm, Partition, ShapeError, SpecError, given, normalize
+from flexnorm import Norm, Partition, ShapeError, SpecError, given, moments, normalize
+from flexnorm.call import Used
 
 MASKED = ("b t (g c), b t -> b g", {"affine": "(g c)", "g": 2, "sizes": {"(g c)": 6}})
 
@@ -414,3 +415,53 @@ def test_labels_may_have_the_names_of_options(name):
     expected = normalize(x, "v c -> graph[v] c", graph=ids)
     assert torch.equal(normalize(x, f"v c -> {name}[v] c", labels={name: ids}), expected)
     assert torch.equal(Norm(f"v c -> {name}[v] c")(x, labels={name: ids}), expected)
+
+
+class LastToFirst(Norm):
+    """Channels last, whatever the pattern says."""
+
+    def fit_call(self, call):
+        return super().fit_call(call._replace(x=call.x.movedim(-1, 1)))
+
+    def unfit(self, call, y):
+        assert call.x.shape == y.movedim(1, -1).shape
+        return y.movedim(1, -1)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_fits_the_call_and_gives_the_container_back(compiled):
+    built = {"affine": "(g c)", "g": 2, "c": 3}
+    theirs = Norm("n (g c) ... -> n g", **built)
+    ours = LastToFirst("n (g c) ... -> n g", **built)
+    x = torch.randn(4, 5, 5, 6, requires_grad=True)
+    y = (torch.compile(ours, fullgraph=True) if compiled else ours)(x)
+    expected = theirs(x.movedim(-1, 1)).movedim(1, -1)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy))
+
+
+class HalfCentred(Norm):
+    """Subtracts half of the mean."""
+
+    tracked = 0
+
+    def used(self, call):
+        own = moments(call.x, "n c t -> n c")
+
+        def track():
+            self.tracked += 1
+
+        return Used(own.about(torch.tensor(0.5)), own, track)
+
+
+def test_a_layer_normalizes_by_moments_that_it_makes():
+    norm, x = HalfCentred("n c t -> n c", eps=0.0), torch.randn(3, 4, 50) + 2
+    mean = x.mean(-1, keepdim=True)
+    expected = (x - mean / 2) / (x - mean / 2).square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
+    assert norm.tracked == 1
+    y, seen = norm(x, return_moments=True)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen.mean, mean[..., 0], rtol=1e-5, atol=1e-5)
+    assert norm.tracked == 1  # a call that wants the moments moves nothing
