@@ -1056,7 +1056,7 @@ CASES |= {
     "cluster_channels: complex": lambda: cluster_channels(rows.to(torch.complex64), 2),
     "cluster_channels: one axis": lambda: cluster_channels(rows[0], 2),
     "cluster_channels: more groups than channels": lambda: cluster_channels(rows, 6),
-    "regroup: another norm": lambda: regroup(nn.BatchNorm2d(6), Partition(KIND)),
+    "regroup: another norm": lambda: regroup(nn.LocalResponseNorm(2), Partition(KIND)),
     "regroup: a list": lambda: regroup(nn.GroupNorm(2, 6), [1, 5]),
     "regroup: another size": lambda: regroup(nn.GroupNorm(2, 6), KIND[1:]),
     "regroup: an empty group": lambda: regroup(nn.GroupNorm(2, 6), Partition(KIND, 4)),
