@@ -476,3 +476,5 @@ normalized = super(torch.autograd.Function, Normalize).apply
 measured = super(torch.autograd.Function, Statistics).apply
 applied = super(torch.autograd.Function, Apply).apply
 shared = super(torch.autograd.Function, Share).apply
+# A node calls `apply` of its class, which looks for a `vjp` in Python. This one is the backward itself.
+cast(Any, Normalize)._backward_cls.apply = Normalize.backward

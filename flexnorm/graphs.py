@@ -701,7 +701,7 @@ class BatchNorm(pyg.BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes x, (nodes, channels)."""
         few = self.allow_single_element and x.shape[0] <= 1
-        y: Tensor = self.module(x, running=few)
+        y: Tensor = self._modules["module"](x, running=few)  # self.module takes longer
         return y
 
 
@@ -737,9 +737,10 @@ class _BatchNorm1d(Norm, nn.BatchNorm1d):
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if running and mean is not None and var is not None:
             return Norm.forward(self, x, moments=Moments(torch.ones_like(mean), mean, var))
-        one = x.dim() > 1 and x.numel() == x.shape[1]
+        shape = x.shape
+        one = shape[:1] == (1,) and len(shape) > 1 and x.numel() == shape[1]
         if one and (self.training or mean is None) and (self._sharding is None or not self._ranks().groups):
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         return Norm.forward(self, x)
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from .arguments import Formula, Label, Options, Param, as_partition, check_eps, label_names, sort_names, spec_along
 from .axes import solve
@@ -581,7 +582,7 @@ class Norm(nn.Module):
             return False
         if library().track(*buffers, self.momentum, packed, count, x.numel()) is None:
             return False
-        torch.autograd.graph.increment_version(buffers)  # type: ignore[arg-type]
+        increment_version(buffers)  # type: ignore[arg-type]
         return True
 
     def _set(self, buffers: Mapping[str, Tensor]) -> None:
