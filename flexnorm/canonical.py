@@ -159,7 +159,7 @@ def cut_of(
     """The cut of a tensor with these strides in the elementary view; y are those of the result, without gaps.
 
     `told` are the places of axes whose sizes were told before any tensor came, and will be the same at the next. None:
-    there is no library, or there are more axes than it takes.
+    there is no library, or there are more axes, terms or labels than it takes.
     """
     kernels, axes = library(), sets.axes
     if isinstance(kernels, str) or axes.rank > MOST_DIMS:
@@ -178,6 +178,8 @@ def cut_of(
         None if params is None else _terms(params.written_steps, lookups),
         *(True, True, 0, bool(sets.merges), 0.0),  # options are no part of it
     )
+    if pattern is None:  # more terms or labels than the library takes
+        return None
     found = kernels.bind(pattern, 0, axes.sizes, x, y, 0, None)
     kinds = tuple(KINDS[kind] for kind in found["kinds"])
     return Cut(tuple(found["order"]), found["cut"], cast("tuple[Kind, Kind, Kind]", kinds), bool(found["copied"]))
@@ -231,7 +233,7 @@ class _Operand:
         for term, step in steps.items():
             if isinstance(term, Lookup):
                 label, read = sets.labels[term.label], axes.places(term.axes)
-                ids = label.ids.permute(sorted(range(len(read)), key=read.__getitem__))
+                ids = label._ids.permute(sorted(range(len(read)), key=read.__getitem__))
                 self.labels.append(_Label(tuple(sorted(read)), ids, label.count, step))
 
 

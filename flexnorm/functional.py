@@ -149,7 +149,7 @@ def normalize(
             raise unnamed_axes(spec, weight, bias)
         if cumulative is not None:
             spec = spec_along(spec, cumulative)
-        formula = _formula(spec, options, params, tuple(told.items()))
+        formula = formula_for(spec, options, params, tuple(told.items()))
         given = (x, mask, () if params is None else ((weight, bias),), moments, partitions)
         return run(formula, *given, cumulative=cumulative is not None, ranks=ranks)[0]
 
@@ -185,7 +185,7 @@ def moments(
     ranks = ALONE if sharded is None and process_group is None else ranks_of(spec, sharded, process_group)
     with ranks:
         told, partitions = _names(spec, None, sizes, labels, names)
-        formula = _formula(spec, Options(), None, tuple(told.items()))
+        formula = formula_for(spec, Options(), None, tuple(told.items()))
         return own_moments(formula, x, mask, partitions, ranks)
 
 
@@ -233,10 +233,10 @@ def _typed(
     params = None if affine is None else spec.read(affine, "affine")
     sizes, _ = sort_names(spec, [params], None, None, {**dict(told), **dict.fromkeys(labels)})
     check_eps(spec, eps, sizes, labels)
-    return _formula(spec, options, params, tuple(sizes.items()))
+    return formula_for(spec, options, params, tuple(sizes.items()))
 
 
-def _formula(spec: Spec, options: Options, params: Expr | None, sizes: tuple[tuple[str, int], ...]) -> Formula:
+def formula_for(spec: Spec, options: Options, params: Expr | None, sizes: tuple[tuple[str, int], ...]) -> Formula:
     """The same formula for the same arguments, because it keeps what is worked out for them.
 
     Two spellings of a pattern are equal, and yet two formulas: an error shows what this user typed.

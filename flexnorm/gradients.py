@@ -417,8 +417,10 @@ class Apply(torch.autograd.Function):
             sums = how.backward_sums(operands, moments, dy)
         dx = None
         if behind is not None:
-            task = torch._C._current_graph_task_id()
-            behind.waiting[task, id(ctx)] = _Waiting(how, operands, each(Tensor.detach, moments), dy)
+            # Where the gradient of x is asked for, that node runs. Otherwise nobody takes what is left for it.
+            if torch._C._will_engine_execute_node(behind):
+                task = torch._C._current_graph_task_id()
+                behind.waiting[task, id(ctx)] = _Waiting(how, operands, each(Tensor.detach, moments), dy)
         elif needs[1]:
             dx = how.backward_dx(operands, moments, dy, None)[0]
         of_moments = aten.backward_moments(how.options, moments, sums) if any(needs[5:]) else (None, None, None)

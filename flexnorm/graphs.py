@@ -737,10 +737,11 @@ class _BatchNorm1d(Norm, nn.BatchNorm1d):
         mean, var = self._buffers["running_mean"], self._buffers["running_var"]
         if running and mean is not None and var is not None:
             return Norm.forward(self, x, moments=Moments(torch.ones_like(mean), mean, var))
-        shape = x.shape
-        one = shape[:1] == (1,) and len(shape) > 1 and x.numel() == shape[1]
-        if one and (self.training or mean is None) and (self._sharding is None or not self._ranks().groups):
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+        if self.training or mean is None:
+            shape = x.shape
+            one = shape[:1] == (1,) and len(shape) > 1 and x.numel() == shape[1]
+            if one and (self._sharding is None or not self._ranks().groups):
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         return Norm.forward(self, x)
 
 

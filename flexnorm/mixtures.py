@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .arguments import Formula, Label, Options, Param, label_missing
+from .arguments import Formula, Label, Options, label_missing
 from .call import Call, Used
 from .errors import SpecError, say, shown
 from .functional import ALONE, own_moments
@@ -358,10 +358,10 @@ class Mixture(Norm):
         partitions = self._static.beside(x)
         if self._sharding is None:  # apart from the other, because a compiler knows no such block
             self._check_labels(call.names, partitions)
-            own = own_moments(self._formula, x, mask, partitions)
+            own = own_moments(call.formula, x, mask, partitions)
             larger = self._coarsened(own, partitions)
         else:
-            own, larger = self._over_ranks(x, mask, self._params(call.weight, call.bias), call.names, partitions)
+            own, larger = self._over_ranks(call, partitions)
 
         def track() -> None:
             for k, m in enumerate(larger):
@@ -403,21 +403,16 @@ class Mixture(Norm):
         pattern, read, sizes = self._coarser[k]
         return own.coarsen(pattern, sizes=sizes, **{name: partitions[name] for name in read})
 
-    def _over_ranks(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        params: Sequence[Param],
-        dynamic: Mapping[str, Any],
-        partitions: dict[str, Partition],
-    ) -> tuple[Moments, list[Moments]]:
+    def _over_ranks(self, call: Call, partitions: dict[str, Partition]) -> tuple[Moments, list[Moments]]:
         """The finest moments, and those of every pattern, over all ranks. What may raise does so before these agree."""
+        formula, x, mask, dynamic = call.formula, call.x, call.mask, call.names
+        params = self._params(call.weight, call.bias)
         assert self._sharding is not None
         with self._sharding.ranks() as whole:  # if the finest sets go on over the ranks, all others follow from them
             if whole.groups:
                 self._check_labels(dynamic, partitions)
-                self._formula.prepare(x, mask, params, partitions)
-                own = own_moments(self._formula, x, mask, partitions, whole)
+                formula.prepare(x, mask, params, partitions)
+                own = own_moments(formula, x, mask, partitions, whole)
                 return own, self._coarsened(own, partitions)
         apart = [norm is not None and not norm.training for norm in map(self._running_of, range(len(self._specs)))]
         every = [
@@ -425,8 +420,8 @@ class Mixture(Norm):
         ]
         with next((ranks for ranks in every if ranks.groups), ALONE) as together:
             self._check_labels(dynamic, partitions)
-            self._formula.prepare(x, mask, params, partitions)
-            own = own_moments(self._formula, x, mask, partitions)
+            formula.prepare(x, mask, params, partitions)
+            own = own_moments(formula, x, mask, partitions)
             larger = self._coarsened(own, partitions)
             went = [(spec, m) for spec, m, ranks in zip(self._specs, larger, every, strict=True) if ranks.groups]
             what = "; ".join(f"sets of ({s.sets}), shape {tuple(m.mean.shape)}, in {m.mean.dtype}" for s, m in went)

@@ -156,6 +156,8 @@ class Norm(nn.Module):
         cls = type(self)
         own = ("fit_call", "unfit", "used", "_run", "_params")
         plain = all(getattr(cls, name) is getattr(Norm, name) for name in own)
+        # A layer from elsewhere may look at x in `fit_mask`, which a usual call without a mask leaves out.
+        plain = plain and cls.fit_mask.__module__.partition(".")[0] == __package__
         self._direct = plain and cumulative is None and conditional is None
         self.reset_parameters()
 
@@ -341,13 +343,13 @@ class Norm(nn.Module):
     def _normalized(self, made: Call) -> tuple[Tensor, Moments | None]:
         """The result. The moments too if the call wants them; otherwise the running statistics may move."""
         call, want = self.fit_call(made), made.want
-        if made.mask is not None and not torch.compiler.is_compiling():
-            self.__dict__["_masked"] = True
         others = self.used(call)
         moments = call.moments if others is None else others.moments
         runs = moments is None and self._buffers.get("running_mean") is not None
         if runs and not self.training:
             moments = self._running()
+        if made.mask is not None and not torch.compiler.is_compiling():
+            self.__dict__["_masked"] = True
         partitions = self._static.beside(call.x) if self._static.held else {}
         tracked = self.training and self.track_running_stats and runs and not want
         ranks = ALONE if self._sharding is None or moments is not None else self._ranks()

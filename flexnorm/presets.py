@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .arguments import Formula, Label, Options
+from .arguments import Label, Options
 from .call import Call, Used
 from .errors import ShapeError, SpecError, as_int, say, shown
+from .functional import formula_for
 from .functional import moments as moments_of
 from .images import broadcasts, over_pixels
 from .norm import Norm
@@ -72,6 +73,7 @@ class WeightedGroupNorm(Norm):
     Raises:
         SpecError, ShapeError: an argument does not fit. Both are ValueErrors.
 
+    >>> from flexnorm import normalize
     >>> norm, x = WeightedGroupNorm(2, 6), torch.randn(3, 6, 4, 4)
     >>> torch.allclose(norm(x), nn.GroupNorm(2, 6)(x), atol=1e-5)
     True
@@ -139,14 +141,15 @@ class WeightedGroupNorm(Norm):
         """
         x, mask = call.x, call.mask
         if mask is None or not isinstance(x, Tensor) or x.dim() < 2 or x.shape[1] != self.num_channels:
-            return call._replace(mask=self.channel_weight)
-        sizes, pixels, moments = {"g": self.num_groups}, over_pixels(x, mask), call.moments
+            return super().fit_call(call)._replace(mask=self.channel_weight)
+        call = super().fit_call(call)
+        sizes, pixels, moments = {"g": self.num_groups}, over_pixels(x, call.mask), call.moments
         if moments is None:
             alone = moments_of(x, "n c ..., n ... -> n c", pixels)
             moments = alone.weighed(self.channel_weight).coarsen("n (g c) -> n g", sizes=sizes)
-        affines = [] if self._affine is None else [_OF_CHANNELS]
-        sizes = {**sizes, "c": self.num_channels // self.num_groups}
-        formula = Formula(_OVER_PIXELS, call.formula.options, affines, sizes)
+        told = (*sizes.items(), ("c", self.num_channels // self.num_groups))
+        affine = None if self._affine is None else _OF_CHANNELS
+        formula = formula_for(_OVER_PIXELS, call.formula.options, affine, told)
         return call._replace(formula=formula, mask=pixels, moments=moments)
 
 
@@ -510,7 +513,7 @@ class RegionNorm(Norm):
             region = _expanded(x, region) if isinstance(region, Tensor) else region
         if isinstance(region, Tensor):
             names = {**names, "region": region.long() if region.dtype == torch.bool else region}
-        return call._replace(mask=mask, names=names)
+        return super().fit_call(call._replace(mask=mask, names=names))
 
 
 class SensorNorm(Norm):
@@ -677,7 +680,7 @@ class DemographicNorm(Norm):
             rule, instead = "the mask is bool, as members of a group are counted", "mask > 0, say"
             raise SpecError(say(rule, received=f"mask={shown(mask)}", instead=instead))
         group = self._shifted(call.names.get("group"))
-        return call if group is None else call._replace(names={**call.names, "group": group})
+        return super().fit_call(call if group is None else call._replace(names={**call.names, "group": group}))
 
     def used(self, call: Call) -> Used | None:
         """In training: the moments of everyone for rows without a group, and where a group has too few members."""
@@ -687,7 +690,7 @@ class DemographicNorm(Norm):
         over: dict[str, Any] = {}
         if self._sharding is not None:
             over = {"sharded": self._sharding.names, "process_group": self.process_group}
-        own = moments_of(call.x, self._spec.text, call.mask, f=self.num_features, group=group, **over)
+        own = moments_of(call.x, call.formula.spec.text, call.mask, f=self.num_features, group=group, **over)
         everyone = own.coarsen("group f -> f")
         seen = each(lambda of_all, of_groups: torch.cat([of_all[None], of_groups[1:]]), everyone, own)
         return Used(_filled(seen, seen.count >= self.min_members), seen, lambda: self._track(seen))

@@ -878,3 +878,20 @@ def test_threads_that_differentiate_one_graph():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_a_gradient_leaves_for_the_moments_is_taken_or_not_left():
+    norm, x = SwitchableNorm(8), torch.randn(4, 8, 6, 6, requires_grad=True)
+    y = norm(x)
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [after for after, _ in node.next_functions]
+    waiting = [node.waiting for node in seen if hasattr(node, "waiting")]
+    assert waiting
+    for _ in range(3):
+        torch.autograd.grad(y.sum(), norm.weight, retain_graph=True)
+        torch.autograd.grad(y.pow(3).sum(), [norm.weight, x], retain_graph=True)
+    assert not any(waiting)

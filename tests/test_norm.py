@@ -465,3 +465,17 @@ def test_a_layer_normalizes_by_moments_that_it_makes():
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(seen.mean, mean[..., 0], rtol=1e-5, atol=1e-5)
     assert norm.tracked == 1  # a call that wants the moments moves nothing
+
+
+class Halves(Norm):
+    """A mask that the layer makes itself."""
+
+    def fit_mask(self, x, mask):
+        return (torch.arange(x.shape[-1]) < x.shape[-1] // 2).expand(x.shape[0], -1)
+
+
+def test_a_mask_that_a_layer_makes_holds_on_every_way():
+    norm, x = Halves("n c t, n t -> n"), torch.randn(3, 4, 10)
+    expected = normalize(x, "n c t, n t -> n", norm.fit_mask(x, None))
+    torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close(norm(x, return_moments=True)[0], expected)

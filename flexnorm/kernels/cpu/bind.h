@@ -227,7 +227,7 @@ class Binder {
         bool reads[MOST] = {};
     };
 
-    // What decides the order of a sum: the names are those of canonical.py.
+    // What decides the order of a sum: the oracle of tests has the same names (tests/cutter.py).
     static constexpr int64_t GROUPS = 16;           // values of a label
     static constexpr int64_t MANY = 4;              // rows that pay for a sum per column
     static constexpr int64_t ROWS_OF_EACH = 1024;   // rows of a chunk, where every column has a set of its own

@@ -4,7 +4,7 @@
 
 constexpr int DIMS = 12;
 
-// What decides the order of a sum, so that the binder and the kernels must agree in it (and canonical.py).
+// What decides the order of a sum, so that the binder and the kernels must agree in it. The oracle of tests has it too (tests/cutter.py).
 constexpr int64_t CHUNK = 1 << 16;  // elements of a set that are summed before they are merged with the next
 constexpr int64_t SPLIT = 256;      // a run of columns so long is summed by itself, whatever the rows
 constexpr int64_t SHORT = 8;        // shorter ones are not, however few rows share their columns
@@ -50,7 +50,7 @@ struct Form {
     int64_t mask_kind, center, scale, activation;
     double eps;
     double count;  // of every set, 0 if they differ
-    // What decides how a set is summed: it depends on no size that is not the set's own (canonical.py). So does the kind
+    // What decides how a set is summed: it depends on no size that is not the set's own (bind.h). So does the kind
     // of the mask, also where none is given.
     int64_t few;     // few rows share the sums of a column
     int64_t apart;   // members of a set lie side by side along the columns or not, as ids are sorted: there are no runs

@@ -212,6 +212,9 @@ class Scratch {
     Array<T> values;
 };
 
+// Of all dtypes: their buffers remember what the mask of a call said.
+inline std::atomic<uint64_t> calls{0};
+
 template <class T, class S>
 class Kernel {
    public:
@@ -1670,7 +1673,6 @@ class Kernel {
     const bool rowwise;       // a range is one row, and that is all of one set
     const bool eights;        // rows of a tile are taken by eight
     const uint64_t number = ++calls;  // of this call
-    inline static std::atomic<uint64_t> calls{0};
 };
 
 int run(const Form& form, const Call& call) {

@@ -550,7 +550,7 @@ inline void lane_sums(const T* const* rows, int64_t n, const double* RESTRICT sh
     }
 }
 
-// The first of eight values, and what they differ from it on average: near their mean, and the value of equal ones exactly.
+// The same of eight rows, for every column.
 template <class T>
 inline void lane_shifts(const T* const* rows, int64_t n, double* RESTRICT shift) {
     const T *RESTRICT x0 = rows[0], *RESTRICT x1 = rows[1], *RESTRICT x2 = rows[2], *RESTRICT x3 = rows[3];

@@ -47,8 +47,8 @@ def refusal(recipe: Recipe, operands: Operands) -> str | None:
         return "x is empty"
     if isinstance(kernels := library(), str):
         return f"the compiled library says where to cut, and {kernels}"
-    if recipe.sets.axes.rank > MOST_DIMS:
-        return f"more than {MOST_DIMS} axes"
+    if cut_of(*_operands(recipe, x, "sets"), recipe.told) is None:
+        return f"the library takes {MOST_DIMS} axes and labels, and here are more"
     if max(x.numel() // min(form(recipe, x).columns, x.numel()), recipe.sets.count) >= 2**31:
         return "2^31 rows or sets and more"
     if recipe.activation not in _ACTIVATIONS:
