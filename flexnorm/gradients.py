@@ -417,7 +417,7 @@ class Apply(torch.autograd.Function):
             sums = how.backward_sums(operands, moments, dy)
         dx = None
         if behind is not None:
-            # Where the gradient of x is asked for, that node runs. Otherwise nobody takes what is left for it.
+            # A pass that computes the gradient of x runs this node. Another pass would leave a tensor behind.
             if torch._C._will_engine_execute_node(behind):
                 task = torch._C._current_graph_task_id()
                 behind.waiting[task, id(ctx)] = _Waiting(how, operands, each(Tensor.detach, moments), dy)

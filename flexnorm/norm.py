@@ -341,7 +341,7 @@ class Norm(nn.Module):
         return None
 
     def _normalized(self, made: Call) -> tuple[Tensor, Moments | None]:
-        """The result. The moments too if the call wants them; otherwise the running statistics may move."""
+        """The result, and the moments if the call wants them. If it does not, the running statistics may move."""
         call, want = self.fit_call(made), made.want
         others = self.used(call)
         moments = call.moments if others is None else others.moments
@@ -374,9 +374,18 @@ class Norm(nn.Module):
         if call.names:
             self._read(call.names, partitions)
         params = self._params(call.weight, call.bias)
-        along = self._cumulative is not None
-        how = {"tracked": tracked, "apart": call.want, "cumulative": along, "ranks": ranks}
-        return run(call.formula, call.x, call.mask, params, moments, partitions, **how)  # type: ignore[arg-type]
+        return run(
+            call.formula,
+            call.x,
+            call.mask,
+            params,
+            moments,
+            partitions,
+            tracked=tracked,
+            apart=call.want,
+            cumulative=self._cumulative is not None,
+            ranks=ranks,
+        )
 
     def _check_kind(self, x: Tensor) -> None:
         mean = self._buffers.get("running_mean")

@@ -8,8 +8,8 @@ from flexnorm.spec import Lookup
 
 # A cut decides in which order a set is summed. So it may not read what does not belong to a set: what such an axis
 # counts as, whatever its size.
-SAMPLES = 4  # along the first axis, where it is kept and nobody told its size
-KEPT = 64  # along any other kept axis whose size nobody told
+SAMPLES = 4  # the count of the first axis, if it is kept and its size was not told
+KEPT = 64  # the count of any other kept axis, if its size was not told
 MEMBERS = 256  # along a pooled axis that a mask covers, or that a label reads together with others
 GROUPS = 16  # values of a label
 LABELLED = GROUPS * MEMBERS  # along an axis that a label reads alone: so many members of so many sets
@@ -67,7 +67,7 @@ class Cutter:
         self.mask, self.params = (None if s is None else Operand(s, s.written_steps) for s in (mask, params))
         self.sizes = sets.axes.sizes
         self.counts = list(self.sizes)
-        self.unknown = set()  # kept axes whose sizes nobody told
+        self.unknown = set()  # kept axes, if their sizes were not told
         self.count_unknown(frozenset(told))
         read = {axis for operand in self.operands for label in operand.labels for axis in label.axes}
         self.order = [a for a in memory_order(self.sizes, y) if self.counts[a] != 1 or a in read]

@@ -489,7 +489,7 @@ def padded(subject, t, axes, before, after):
 
 
 def cropped(subject, larger, value, axes, before):
-    """What is left of a result without the padding."""
+    """The result without the padding."""
     value = value.reshape(larger.sizes)
     for place, b in zip(axes, before, strict=True):
         value = value.narrow(place, b, subject.sizes[place])

@@ -14,6 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexnorm import Norm, Partition, ShapeError, SpecError, calibrate, explain, given
+from flexnorm.call import Call
 from flexnorm.presets import (
     DemographicNorm,
     RegionNorm,
@@ -901,3 +902,9 @@ def test_people_on_several_ranks():
     for result in results:
         for got, want in zip(result[2], buffers, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_weighted_group_norm_keeps_its_formula_over_pixels():
+    norm, x, mask = WeightedGroupNorm(2, 4), torch.randn(3, 4, 5, 5), torch.rand(3, 5, 5) < 0.7
+    first, second = (norm.fit_call(Call(norm._formula, x, mask)).formula for _ in range(2))
+    assert first is second
