@@ -4,15 +4,18 @@ y = normalize(x, "b t (g c), b t -> b g", mask, g=8)
 """
 
 from ._version import __version__ as __version__
-from .context import given
+from .calls.functional import moments, normalize
+from .calls.given import given
 from .conversion import convert
 from .errors import ShapeError, SpecError
-from .functional import moments, normalize
 from .inspection import explain
-from .norm import Norm, calibrate
+from .layers.norm import Norm, calibrate
+from .moved import install as _install
 from .partition import Partition
 from .recommendation import recommend
 from .statistics import Moments
+
+_install()
 
 __all__ = [
     "Moments",

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ._version import __version__
-from .arguments import Formula, Options, label_names, sort_names
 from .axes import bind
+from .calls.arguments import Formula, Options, label_names, sort_names
+from .calls.functional import normalize
 from .errors import ShapeError, SpecError, say
-from .functional import normalize
 from .inspection import Explanation, explain
 from .kernels import ROOMS
 from .partition import Partition

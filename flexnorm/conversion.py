@@ -30,7 +30,7 @@ from .description import (
 from .description import UnitOffsetNorm as UnitOffsetNorm
 from .errors import ShapeError, SpecError, as_int, nearest, say, shown
 from .inspection import NORMS, Report
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import whole
 from .places import PARAMETERS, STATISTICS, give_up, hand_on, placed, put, rebind, refresh, set_on, take_place
 from .probe import compared

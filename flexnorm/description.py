@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .axes import solve
-from .functional import normalize
+from .calls.functional import normalize
 from .inspection import NORMS, PATTERNS, roles
-from .norm import Norm
+from .layers.norm import Norm
+from .layers.synchronized import SyncBatchNorm
 from .places import PARAMETERS, STATISTICS
 from .spec import Axis, Dots, Group, Spec
 from .statistics import Moments
-from .synchronized import SyncBatchNorm
 
 __all__ = ["UnitOffsetNorm"]
 

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .arguments import Formula, Label, Options, as_partition, label_names, sort_names
 from .axes import Axes, bind, solve
+from .calls.arguments import Formula, Label, Options, as_partition, label_names, sort_names
 from .errors import ShapeError, SpecError, as_int, say, shown
 from .kernels import Recipe
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import Partition
 from .sets import sets_of
 from .spec import Axis, Dots, Element, Group, Lookup, Spec

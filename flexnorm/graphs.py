@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from .arguments import Label
-from .call import Call
-from .context import given_here, something_given
+from .calls.arguments import Label
+from .calls.call import Call
+from .calls.functional import by_share, moments, normalize
+from .calls.given import given_here, something_given
 from .errors import ShapeError, SpecError, say, shown
-from .functional import by_share, moments, normalize
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import Partition, counts_for, readable
 from .statistics import Moments
 from .watching import unwatched

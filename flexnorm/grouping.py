@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .axes import divisors
-from .call import Call
+from .calls.call import Call
+from .calls.functional import moments, normalize
 from .errors import ShapeError, SpecError, say, shown
-from .functional import moments, normalize
 from .images import ChannelGroupNorm, over_pixels
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import Partition, readable, whole
 from .places import take_place
 from .statistics import Moments, each

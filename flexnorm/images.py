@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .axes import divisors
-from .context import something_given
+from .calls.given import something_given
 from .errors import ShapeError, SpecError, say, shown
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import Partition, labelled, whole
 from .statistics import Moments
 

@@ -18,12 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import is_lazy
 
-from . import complexes
-from .arguments import Formula, Label, Options, as_partition, check_eps, label_names, sort_names
+from .calls import complexes
+from .calls.arguments import Formula, Label, Options, as_partition, check_eps, label_names, sort_names
+from .calls.functional import ALONE
 from .errors import SpecError, as_int, say, shown
-from .functional import ALONE
 from .kernels import Operands, Plan, Recipe, choose, stat_dtype
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import Partition
 from .probe import arguments_of, undisturbed
 from .sets import Sets, sets_of

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .arguments import Formula, Label, Options, label_missing
-from .call import Call, Used
+from .calls.arguments import Formula, Label, Options, label_missing
+from .calls.call import Call, Used
+from .calls.functional import ALONE, own_moments
 from .errors import SpecError, say, shown
-from .functional import ALONE, own_moments
 from .images import broadcasts, over_pixels
-from .norm import Norm, checked_momentum
+from .layers.norm import Norm, checked_momentum
 from .partition import Partition, whole
 from .spec import Axis, Lookup, Spec
 from .statistics import Moments, each

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ShapeError, SpecError, say, shown
-from .norm import Norm
+from .layers.norm import Norm
 from .sequences import as_mask, frame_lengths
 
 __all__ = ["padding_proof"]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from .norm import Norm
+from .layers.norm import Norm
 
 PARAMETERS = ("weight", "bias")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

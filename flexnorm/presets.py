@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .arguments import Label, Options
-from .call import Call, Used
+from .calls.arguments import Label, Options
+from .calls.call import Call, Used
+from .calls.functional import formula_for
+from .calls.functional import moments as moments_of
 from .errors import ShapeError, SpecError, as_int, say, shown
-from .functional import formula_for
-from .functional import moments as moments_of
 from .images import broadcasts, over_pixels
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import Partition, labelled, whole
 from .spec import Spec
 from .statistics import Moments, each

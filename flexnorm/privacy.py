@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 from . import conversion, grouping, images, mixtures, presets, sequences, spectrograms  # noqa: F401  # all layers
 from .errors import say
 from .inspection import roles
-from .norm import Norm
+from .layers.norm import Norm
 
 try:
     from opacus.grad_sample import register_grad_sampler

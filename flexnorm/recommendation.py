@@ -19,7 +19,7 @@ from .axes import divisors
 from .description import Description, KeptError, is_candidate, recognise
 from .errors import ShapeError, SpecError, as_int, nearest, say, shown
 from .inspection import FEW, Explanation, Report, explain, extent, formula_of, is_norm, numeral, roles
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import Partition, whole
 from .spec import Axis, Dots, Group, Spec
 from .successors import followed

@@ -9,10 +9,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .context import given_here
+from .calls.functional import normalize
+from .calls.given import given_here
 from .errors import ShapeError, SpecError, as_int, say, shown
-from .functional import normalize
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import Partition, readable
 from .statistics import Moments
 

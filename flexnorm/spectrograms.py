@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .call import Call
+from .calls.call import Call
+from .calls.functional import moments as moments_of
 from .errors import ShapeError, SpecError, as_int, say, shown
-from .functional import moments as moments_of
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import Partition, labelled, whole
 from .sequences import as_mask
 from .statistics import Moments

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .calls.functional import normalize
 from .description import TORCHS, Description, KeptError, UnitOffsetNorm, axes_of
 from .errors import ShapeError, say
-from .functional import normalize
-from .norm import Norm
+from .layers.norm import Norm
+from .layers.synchronized import SyncBatchNorm
 from .partition import whole
 from .places import placed, take_place
 from .statistics import Moments
-from .synchronized import SyncBatchNorm
 
 __all__ = ["ChannelAffine", "NormAct"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import SpecError, say, shown
-from .norm import Norm
+from .layers.norm import Norm
 from .partition import whole
 from .places import put, rebind, refresh, take_place
 

@@ -11,8 +11,8 @@ import torch
 from cutter import Cutter
 
 from flexnorm import Partition
-from flexnorm.arguments import Formula, Options
 from flexnorm.axes import bind, solve
+from flexnorm.calls.arguments import Formula, Options
 from flexnorm.canonical import Column, Dim, Form, Segments, canonical, cut_of
 from flexnorm.library import library
 from flexnorm.sets import sets_of

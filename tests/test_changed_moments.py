@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import flexnorm.functional
+import flexnorm.calls.functional
 from flexnorm import Moments, Norm, moments, normalize
-from flexnorm.gradients import Bound
+from flexnorm.calls.gradients import Bound
 from flexnorm.kernels import cpu
 
 PATTERN, SHAPE = "n c t -> n c", (3, 4, 6)
@@ -19,13 +19,13 @@ PATTERN, SHAPE = "n c t -> n c", (3, 4, 6)
 @pytest.fixture
 def joined(monkeypatch):
     """How many gradients of x were left to `_Statistics.backward`, and with sums of its own (True) or beside them."""
-    seen, dx = [], flexnorm.gradients._Waiting.dx
+    seen, dx = [], flexnorm.calls.gradients._Waiting.dx
 
     def noting(self, sums):
         seen.append(sums is not None)
         return dx(self, sums)
 
-    monkeypatch.setattr(flexnorm.gradients._Waiting, "dx", noting)
+    monkeypatch.setattr(flexnorm.calls.gradients._Waiting, "dx", noting)
     return Joined(seen)
 
 

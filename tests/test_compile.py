@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import fresh_inductor_cache
 
 from flexnorm import Moments, Norm, Partition, given, moments, normalize
-from flexnorm.context import something_given
+from flexnorm.calls.given import something_given
 from flexnorm.images import ChannelGroupNorm
 from flexnorm.sequences import SequenceGroupNorm, TokenGroupNorm
 from flexnorm.spectrograms import CepstralNorm, MelBandNorm

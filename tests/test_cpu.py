@@ -20,7 +20,7 @@ from rounding import assert_moments, assert_within, expected, widened
 
 import flexnorm
 from flexnorm import Partition, normalize
-from flexnorm.arguments import Formula, Options
+from flexnorm.calls.arguments import Formula, Options
 from flexnorm.kernels import Operands, aten, choose, cpu
 from flexnorm.spec import Spec
 from flexnorm.statistics import Moments
@@ -1130,7 +1130,7 @@ RUNS = """
     import torch
     from flexnorm import normalize
     from flexnorm.kernels import cpu, choose, Operands
-    from flexnorm.arguments import Formula, Options
+    from flexnorm.calls.arguments import Formula, Options
     from flexnorm.spec import Spec
     x = torch.tensor([[1.0, 3.0], [5.0, 9.0]], requires_grad=True)
     y = normalize(x, "n c -> n", eps=0)

@@ -1,6 +1,7 @@
 """The house: who imports whom, what an import costs, what is public, and that it is described."""
 
 import ast
+import importlib.util
 import inspect
 import pathlib
 import subprocess
@@ -9,83 +10,67 @@ import sys
 import pytest
 
 import flexnorm
+from flexnorm.moved import MOVED
 
 PACKAGE = pathlib.Path(flexnorm.__file__).parent
-ORDER = [
-    "_version",
-    "errors",
-    "spec",
-    "library",
-    "pattern",
-    "watching",
-    "partition",
-    "axes",
-    "sets",
-    "canonical",
-    "collectives",
-    "statistics",
-    "kernels",
-    "arguments",
-    "call",
-    "gradients",
-    "ops",
-    "ranks",
-    "dtensors",
-    "complexes",
-    "functional",
-    "context",
-    "static_labels",
-    "norm",
-    "__init__",
-    "images",
-    "sequences",
-    "padding",
-    "graphs",
-    "spectrograms",
-    "mixtures",
-    "places",
-    "grouping",
-    "presets",
-    "drawing",
-    "probe",
-    "inspection",
-    "transition",
-    "synchronized",
-    "description",
-    "successors",
-    "recommendation",
-    "residual",
-    "conversion",
-    "privacy",
-    "__main__",
-]
+CORE = [
+    "_version", "errors", "spec", "library", "pattern", "watching", "partition", "axes", "sets", "canonical",
+    "collectives", "statistics", "moved",
+]  # fmt: skip
+WINGS = ["core", "kernels", "calls", "layers", "above"]
 ROOMS = ["interface", "aten", "native", "cpu", "triton", "plan", "__init__"]
 
 
 def imports(path):
-    """The modules of the package that a file imports, by the name of the file or folder directly in it."""
+    """The modules of the package that a file imports, as paths."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = path.parent.relative_to(PACKAGE).parts[
                 : len(path.parent.relative_to(PACKAGE).parts) - node.level + 1
             ]
-            names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
-            for name in names:
-                yield (*base, name)
+            for name in [node.module] if node.module else [alias.name for alias in node.names]:
+                yield (*base, *name.split("."))
 
 
-def test_imports_go_only_up_the_list():
+def wing(parts):
+    """The wing of a file. The files above the layers have no folders of their own yet."""
+    return parts[0] if parts[0] in WINGS else "core" if parts[0] in CORE else "above"
+
+
+def imported():
+    """Every file of the package, and the files that it imports."""
     files = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in PACKAGE.rglob("*.py")}
-    top = {parts[0] for parts in files}
-    assert top == set(ORDER), "a new file has its place in the order"
-    files.pop(("__init__",))  # the face of the package: it shows the core, and no adapter
-    for parts, path in files.items():
-        for target in imports(path):
+    files.pop(("__init__",))  # the face of the package: it shows what users import
+    return {parts: set(imports(path)) for parts, path in files.items()}
+
+
+def test_imports_go_from_wing_to_wing_in_one_direction():
+    for parts, targets in imported().items():
+        for target in targets:
             if parts[0] == "kernels" and target[0] == "kernels" and len(parts) > 1 and len(target) > 1:
-                own = target[:2] == parts[:2] and len(parts) > 2  # files of one room
-                assert own or ROOMS.index(target[1]) < ROOMS.index(parts[1]), f"{path.name} imports {target}"
+                own = target[:2] == parts[:2] and len(parts) > 2  # files of one backend
+                assert own or ROOMS.index(target[1]) < ROOMS.index(parts[1]), f"{parts} imports {target}"
             else:
-                assert ORDER.index(target[0]) < ORDER.index(parts[0]), f"{path.name} imports {target}"
+                assert WINGS.index(wing(target)) <= WINGS.index(wing(parts)), f"{parts} imports {target}"
+
+
+def test_imports_make_no_circle():
+    left = {
+        parts: {target for target in targets if target[0] != "kernels"}
+        for parts, targets in imported().items()
+        if parts[0] != "kernels"
+    }
+    while left:
+        free = [parts for parts, targets in left.items() if not targets & left.keys()]
+        assert free, f"a circle of imports among {sorted(left)}"
+        for parts in free:
+            del left[parts]
+
+
+def test_earlier_names_of_modules_still_import():
+    for name, target in MOVED.items():
+        assert importlib.import_module(name) is importlib.import_module(target)
+        assert importlib.util.find_spec(target) is not None
 
 
 def test_only_spec_reads_characters():

@@ -13,7 +13,7 @@ from torch import nn
 
 import flexnorm
 from flexnorm import Norm, Partition, ShapeError, SpecError, explain, given, images, normalize
-from flexnorm.arguments import Formula, Options
+from flexnorm.calls.arguments import Formula, Options
 from flexnorm.kernels import choose
 from flexnorm.spec import Spec
 

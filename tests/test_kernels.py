@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flexnorm import Partition, normalize
-from flexnorm.arguments import Formula, Options
+from flexnorm.calls.arguments import Formula, Options
 from flexnorm.kernels import Operands, Plan, aten, choose, cpu, native, stat_dtype
 from flexnorm.spec import Spec
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flexnorm import Norm, Partition, ShapeError, SpecError, given, moments, normalize
-from flexnorm.call import Used
+from flexnorm.calls.call import Used
 
 MASKED = ("b t (g c), b t -> b g", {"affine": "(g c)", "g": 2, "sizes": {"(g c)": 6}})
 

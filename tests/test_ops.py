@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from flexnorm import normalize, ops
-from flexnorm.arguments import Formula, Options
+from flexnorm.calls.arguments import Formula, Options
 from flexnorm.kernels import aten
 from flexnorm.spec import Spec
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from flexnorm import Norm, Partition, normalize
-from flexnorm.arguments import Formula, Options
 from flexnorm.axes import bind
+from flexnorm.calls.arguments import Formula, Options
 from flexnorm.images import ChannelGroupNorm
 from flexnorm.kernels import cpu
 from flexnorm.presets import (

@@ -14,7 +14,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexnorm import Norm, Partition, ShapeError, SpecError, calibrate, explain, given
-from flexnorm.call import Call
+from flexnorm.calls.call import Call
 from flexnorm.presets import (
     DemographicNorm,
     RegionNorm,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import collectives
-from .errors import SpecError, say, shown
-from .kernels import Recipe, Sums, stat_dtype
-from .spec import Axis, Dots, Spec
-from .statistics import Moments
+from .. import collectives
+from ..errors import SpecError, say, shown
+from ..kernels import Recipe, Sums, stat_dtype
+from ..spec import Axis, Dots, Spec
+from ..statistics import Moments
 
 
 class Ranks:

@@ -7,12 +7,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..canonical import memory_order
+from ..errors import SpecError, say
+from ..kernels import Sums
+from ..spec import Spec
+from ..statistics import Moments
 from .arguments import Formula, Options
-from .canonical import memory_order
-from .errors import SpecError, say
-from .kernels import Sums
-from .spec import Spec
-from .statistics import Moments
 
 
 class BothParts:

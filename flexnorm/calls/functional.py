@@ -9,7 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import complexes, ops
+from ..errors import ShapeError, SpecError, say, shown
+from ..kernels import ROOMS, Operands, Recipe, Room, Whole, aten, choose, stat_dtype
+from ..library import library
+from ..partition import Partition
+from ..spec import Element, Expr, Spec
+from ..statistics import Moments, each
+from ..watching import unwatched
+from . import complexes
+from . import operators as ops
 from .arguments import (
     Formula,
     Label,
@@ -23,7 +31,6 @@ from .arguments import (
     spec_along,
     unnamed_axes,
 )
-from .errors import ShapeError, SpecError, say, shown
 from .gradients import (
     Apply,
     Bound,
@@ -42,13 +49,7 @@ from .gradients import (
     shared,
     statistics_behind,
 )
-from .kernels import ROOMS, Operands, Recipe, Room, Whole, aten, choose, stat_dtype
-from .library import library
-from .partition import Partition
 from .ranks import Ranks, Sharding, is_dtensor
-from .spec import Element, Expr, Spec
-from .statistics import Moments, each
-from .watching import unwatched
 
 
 def normalize(

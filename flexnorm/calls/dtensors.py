@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor import distribute_tensor as distribute_tensor
 
+from ..errors import SpecError, say
+from ..partition import Partition
+from ..spec import Axis, Dots, Element, Group
+from ..statistics import Moments, each
 from .arguments import Formula, Param
-from .errors import SpecError, say
-from .partition import Partition
 from .ranks import Ranks, is_kept
-from .spec import Axis, Dots, Element, Group
-from .statistics import Moments, each
 
 
 @dataclass(frozen=True)

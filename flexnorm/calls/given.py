@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
+from ..errors import SpecError, say, shown
+from ..partition import Partition
 from .arguments import Label
-from .errors import SpecError, say, shown
-from .partition import Partition
 
 
 class given:  # noqa: N801  # read as a word: with given(mask=m)

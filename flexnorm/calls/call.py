@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..statistics import Moments
 from .arguments import Formula
-from .statistics import Moments
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import SpecError, say
+from ..kernels import ROOMS, Gradients, Operands, Recipe, Sums, aten, choose, stat_dtype
+from ..partition import Partition
+from ..spec import Spec
+from ..statistics import Moments, each
+from ..watching import unwatched
 from .arguments import Formula, Label, Options, Param, check_eps, outward_moments, sort_names, spec_along, unnamed_axes
-from .errors import SpecError, say
 from .gradients import Bound, Closer, Composed, How
-from .kernels import ROOMS, Gradients, Operands, Recipe, Sums, aten, choose, stat_dtype
-from .partition import Partition
-from .spec import Spec
-from .statistics import Moments, each
-from .watching import unwatched
 
 # One more where the results of an operator have other shapes: compilers keep graphs beyond a process.
 SHAPES = 2

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..kernels import Gradients, Kept, Operands, Recipe, Room, Sums, Whole, aten
+from ..library import library
+from ..partition import Packed, Partition
+from ..sets import Sets
+from ..statistics import Moments, each
+from ..watching import unwatched
 from .arguments import Formula
-from .kernels import Gradients, Kept, Operands, Recipe, Room, Sums, Whole, aten
-from .library import library
-from .partition import Packed, Partition
-from .sets import Sets
-from .statistics import Moments, each
-from .watching import unwatched
 
 _KERNELS: Any = library()  # a text where there is none; then no formula has a pattern
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .axes import Axes, bind, check_operand, check_shape, solve
-from .errors import ShapeError, SpecError, draw, nearest, say, shown
-from .kernels import Operands, Recipe, aten, stat_dtype
-from .library import library
-from .partition import Packed, Partition, packed, readable
-from .pattern import MOST_DIMS, Places, pattern_of
-from .sets import Labels, Sets, sets_of
-from .spec import RESERVED, Expr, Lookup, Spec, keyword
-from .statistics import Moments
+from ..axes import Axes, bind, check_operand, check_shape, solve
+from ..errors import ShapeError, SpecError, draw, nearest, say, shown
+from ..kernels import Operands, Recipe, aten, stat_dtype
+from ..library import library
+from ..partition import Packed, Partition, packed, readable
+from ..pattern import MOST_DIMS, Places, pattern_of
+from ..sets import Labels, Sets, sets_of
+from ..spec import RESERVED, Expr, Lookup, Spec, keyword
+from ..statistics import Moments
 
 Label = Tensor | Partition
 

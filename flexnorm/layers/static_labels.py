@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import as_partition
-from .errors import ShapeError, SpecError
-from .partition import Partition, readable
-from .ranks import is_dtensor
-from .spec import Expr, Lookup
+from ..calls.arguments import as_partition
+from ..calls.ranks import is_dtensor
+from ..errors import ShapeError, SpecError
+from ..partition import Partition, readable
+from ..spec import Expr, Lookup
 
 
 class StaticLabels(Mapping[str, Partition]):

@@ -11,20 +11,30 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from .arguments import Formula, Label, Options, Param, as_partition, check_eps, label_names, sort_names, spec_along
-from .axes import solve
-from .call import Call, Used
-from .context import given_here, something_given
-from .errors import ShapeError, SpecError, say, shown
-from .functional import ALONE, bound, own_moments, run
-from .gradients import moments_of
-from .library import library
-from .partition import Partition, readable, whole
-from .ranks import Ranks, Sharding, is_dtensor
-from .spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
+from ..axes import solve
+from ..calls.arguments import (
+    Formula,
+    Label,
+    Options,
+    Param,
+    as_partition,
+    check_eps,
+    label_names,
+    sort_names,
+    spec_along,
+)
+from ..calls.call import Call, Used
+from ..calls.functional import ALONE, bound, own_moments, run
+from ..calls.given import given_here, something_given
+from ..calls.gradients import moments_of
+from ..calls.ranks import Ranks, Sharding, is_dtensor
+from ..errors import ShapeError, SpecError, say, shown
+from ..library import library
+from ..partition import Partition, readable, whole
+from ..spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
+from ..statistics import Moments, each
+from ..watching import unwatched
 from .static_labels import StaticLabels
-from .statistics import Moments, each
-from .watching import unwatched
 
 
 class Norm(nn.Module):
@@ -157,7 +167,7 @@ class Norm(nn.Module):
         own = ("fit_call", "unfit", "used", "_run", "_params")
         plain = all(getattr(cls, name) is getattr(Norm, name) for name in own)
         # A layer from elsewhere may look at x in `fit_mask`, which a usual call without a mask leaves out.
-        plain = plain and cls.fit_mask.__module__.partition(".")[0] == __package__
+        plain = plain and cls.fit_mask.__module__.partition(".")[0] == __package__.partition(".")[0]
         self._direct = plain and cumulative is None and conditional is None
         self.reset_parameters()
 
@@ -925,7 +935,7 @@ def _whole(t: Any) -> Tensor:
 
 def _overwrite(buffer: Any, value: Tensor) -> None:
     if is_dtensor(buffer):
-        from .dtensors import distribute_tensor
+        from ..calls.dtensors import distribute_tensor
 
         value = distribute_tensor(value, buffer.device_mesh, buffer.placements)
     buffer.copy_(value)

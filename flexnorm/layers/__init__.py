@@ -1,0 +1,1 @@
+"""The layer `Norm`, and the state that layers share."""
