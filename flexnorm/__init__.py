@@ -9,7 +9,8 @@ from .calls.given import given
 from .conversion import convert
 from .errors import ShapeError, SpecError
 from .inspection import explain
-from .layers.norm import Norm, calibrate
+from .layers.norm import Norm
+from .layers.running import calibrate
 from .moved import install as _install
 from .partition import Partition
 from .recommendation import recommend

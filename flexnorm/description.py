@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .axes import solve
+from .calls.arguments import Param
 from .calls.functional import normalize
 from .inspection import NORMS, PATTERNS, roles
 from .layers.norm import Norm
@@ -56,13 +57,13 @@ class UnitOffsetNorm(Norm):
         if self.weight is not None:
             nn.init.zeros_(self.weight)
 
-    def _params(self, weight: Tensor | None, bias: Tensor | None) -> Any:
-        params = super()._params(weight, bias)
-        if self._affine is not None:
-            own, shift = params[0]
-            assert own is not None
-            params[0] = (1 + own.to(torch.promote_types(own.dtype, torch.float32)), shift)
-        return params
+    @property
+    def stages(self) -> tuple[Param, ...]:
+        """The learned weight and bias."""
+        return tuple(
+            (None if weight is None else 1 + weight.to(torch.promote_types(weight.dtype, torch.float32)), bias)
+            for weight, bias in super().stages
+        )
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def _check(module: Norm) -> None:
         "a weight is given at every call": module._conditional is not None,
         "it is cumulative": module._cumulative is not None,
         "its sets go on over other ranks": module._sharding is not None and not isinstance(module, SyncBatchNorm),
-        "it is called with masks": module._masked,
+        "it is called with masks": module.__dict__.get("_masked", False),
         "it does not scale": not module._options.scale,
     }
     for reason, holds in unlike.items():
@@ -294,8 +295,8 @@ def _check_call(module: nn.Module) -> None:
     check_forward(module)
     if isinstance(module, Norm) and len(module._patterns()) > 1:
         raise KeptError("a mixture")
-    if isinstance(module, Norm) and module._changes:
-        raise KeptError(module._changes)
+    if isinstance(module, Norm) and module.changes():
+        raise KeptError(module.changes())
     takes = list(inspect.signature(module.forward).parameters.values())
     any_ = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     beside = takes[1:] if takes and takes[0].kind not in any_ else takes

@@ -11,25 +11,24 @@ once and serves all layers (`partition(data)`, `Partition.from_offsets(ptr)`). W
 from __future__ import annotations
 
 import math
-import sys
-import warnings
-from collections.abc import Sequence
-from types import FrameType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from .calls.arguments import Label
-from .calls.call import Call
-from .calls.functional import by_share, moments, normalize
-from .calls.given import given_here, something_given
+from .calls.arguments import Label, Options
+from .calls.call import Call, named
+from .calls.functional import formula_for, moments, normalize
+from .calls.gradients import OneVariance
 from .errors import ShapeError, SpecError, say, shown
+from .kernels import stat_dtype
 from .layers.norm import Norm
-from .partition import Partition, counts_for, readable
+from .layers.running import Known, RunningStatistics
+from .partition import Partition, counts_for
+from .spec import Spec
 from .statistics import Moments
-from .watching import unwatched
 
 try:
     from torch_geometric.data import Batch, Data, HeteroData
@@ -110,61 +109,33 @@ def _of_edges(store: Any, nodes: Partition) -> Partition:
 
 
 class _OfGraphs(Norm):
-    """What the norms that read `batch[v]` share: how it comes to them."""
+    """The norms that read `batch[v]`."""
 
-    _looks = 0  # calls without batch at which a batch was looked for
+    def fit_call(self, call: Call) -> Call:
+        """The graph of every node: of the call, or one graph for all."""
+        return super().fit_call(_with_graphs(call))
 
-    def _graphs(
-        self, x: Tensor, batch: Label | None, count: int | None, *, also: str | None = None, told: str = "batch_size"
-    ) -> Partition:
-        """The graph of every node: of this call, given from around (by the name `also`, too), or one for all."""
-        if batch is not None and not (something_given() or self._was_given):
-            return _read(x, batch, count, "batch", told)
-        around = given_here()
-        given_name = next((name for name in (also, "batch") if name in around), None)
-        if given_name is None or (batch is not None and given_name != also):
-            self._check_recomputation(False)
-            if batch is not None:
-                return _read(x, batch, count, "batch", told)
-            self._look_for_a_batch(x)
-            return Partition._made(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
-        self._check_recomputation(True)
-        try:
-            return _read(x, around[given_name], None if given_name == also else count, given_name, told)
-        except (SpecError, ShapeError) as error:
-            raise type(error)(f"{error}\n  in:       {self}, inside of given({', '.join(around)})") from None
 
-    def _look_for_a_batch(self, x: Tensor) -> None:
-        """Warns once, at one of the first calls without batch, if a caller holds one of several graphs for these rows.
+def _with_graphs(call: Call, label: str = "batch", size: str = "batch_size") -> Call:
+    """The call with the graph of every node as a label.
 
-        Some modules (DeepGCNLayer, nn.Sequential) do not hand batch on, and no error would say so. Who has one graph
-        has no such batch, and hears nothing.
-        """
-        if not readable(x) or self._looks >= 2:  # a dry run, and the first batch
-            return
-        self._looks += 1
-        frame: FrameType | None = sys._getframe(2)
-        level = 3
-        while frame is not None:
-            for name, value in frame.f_locals.items():
-                count = _graphs_in(name, value, x)
-                if count > 1:
-                    self._looks = 2
-                    kind = type(self).__name__
-                    warnings.warn(
-                        f"{kind} got no batch, though {frame.f_code.co_name} has {name!r} of {count} graphs for the "
-                        f"{x.shape[0]} rows of x: they are normalized as one graph. Pass batch to {kind}. DeepGCNLayer "
-                        "and nn.Sequential do not hand it on: `with flexnorm.given(batch=...):` around the model does",
-                        stacklevel=level,
-                    )
-                    return
-            frame, level = frame.f_back, level + 1
-
-    def _apply_norm(self, x: Tensor, graphs: Partition, own: Moments | None = None) -> Tensor:
-        # Not Norm.forward, which would look for given labels a second time.
-        if self._direct:
-            return self._directly(x, None, {"batch": graphs}, own)
-        return self._normalized(Call(self._with_own_eps(), x, moments=own, names={"batch": graphs}))[0]
+    Args:
+        label: the name of the label. Without it in the call, the graphs of `batch` are the label.
+        size: the name under which the number of graphs comes.
+    """
+    x, names = call.x, dict(call.names)
+    count, batch = names.pop(size, None), names.pop("batch", None)
+    if label in names:
+        name, batch, count = label, names[label], None
+    else:
+        name = "batch"
+    if not isinstance(x, Tensor):  # the pattern refuses it
+        return call._replace(names=names)
+    if batch is None:
+        names[label] = Partition._made(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
+    else:
+        names[label] = _read(x, batch, count, name, size)
+    return call._replace(names=names)
 
 
 def _read(x: Tensor, batch: Any, count: int | None, name: str, told: str) -> Partition:
@@ -190,24 +161,6 @@ def _read(x: Tensor, batch: Any, count: int | None, name: str, told: str) -> Par
     received = f"{name}={batch!r}" if isinstance(batch, Partition) else f"{name}={shown(batch)}"
     received += ("" if count is None else f", {told}={shown(count)}") + f", x of shape {tuple(x.shape)}"
     raise kind(say(rule, received=received, instead=instead)) from None
-
-
-def _graphs_in(name: str, value: object, x: Tensor) -> int:
-    """Of how many graphs the rows of x are, if this local variable of a caller says so."""
-    if issubclass(type(value), Batch):  # isinstance would ask the object, which may be a dead proxy
-        found = [store.get("batch") for store in value.node_stores]  # type: ignore[attr-defined]
-    else:
-        found = [value] if name == "batch" else []
-    for ids in found:
-        if isinstance(ids, (Tensor, Partition)) and ids.shape == x.shape[:1]:
-            if isinstance(ids, Partition):
-                return ids.count
-            if ids.dtype in _IDS and readable(ids) and len(set(ids.tolist())) < ids.numel():
-                return int(ids.max()) + 1  # all apart: numbers of nodes, not of their graphs
-    return 0
-
-
-_IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 # --- group norms, which PyG lacks ------------------------------------------------------------------------------------
@@ -307,7 +260,7 @@ class GraphGroupNorm(_OfGraphs):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        return self._apply_norm(x, self._graphs(x, batch, batch_size))
+        return super().forward(x, labels=named(batch=batch, batch_size=batch_size))
 
 
 class FeatureGroupNorm(_OfGraphs):
@@ -358,13 +311,25 @@ class FeatureGroupNorm(_OfGraphs):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None, *, groups: Label | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by groups, (nodes,): those of the layer, of the call, or the graphs."""
-        if "groups" in self._static:
-            return super().forward(x, labels={} if groups is None else {"groups": groups})
-        if groups is None:
-            groups = self._graphs(x, batch, batch_size, also="groups")
-        else:
-            self._check_recomputation(False)
-        return self._directly(x, None, {"groups": groups})
+        return super().forward(x, labels=named(batch=batch, batch_size=batch_size, groups=groups))
+
+    def fit_given(self, call: Call, around: Mapping[str, Any]) -> Call:
+        """Groups from around hold one id for every node, as a batch does."""
+        told = super().fit_given(call, around)
+        if "groups" in told.names and "groups" not in call.names:
+            groups = _read(told.x, told.names["groups"], None, "groups", "batch_size")
+            told = told._replace(names={**told.names, "groups": groups})
+        return told
+
+    def fit_call(self, call: Call) -> Call:
+        """The group of every node: of the layer, of the call, or its graph."""
+        if "groups" in self.labels:
+            names = {name: value for name, value in call.names.items() if name == "groups"}
+            return Norm.fit_call(self, call._replace(names=names))
+        if "groups" in call.names:
+            names = {"groups": call.names["groups"]}
+            return Norm.fit_call(self, call._replace(names=names))
+        return Norm.fit_call(self, _with_graphs(call, "groups"))
 
 
 # --- PyG's own -------------------------------------------------------------------------------------------------------
@@ -407,11 +372,30 @@ class GraphNorm(_OfGraphs, pyg.GraphNorm):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        graphs = self._graphs(x, batch, batch_size)
-        if not self._direct or is_dynamo_compiling():
-            own = moments(x, "v c -> batch[v] c", batch=graphs, c=self.in_channels)
-            return self._apply_norm(x, graphs, own.about(self.mean_scale.to(own.mean.dtype)))
-        return by_share(self._with_own_eps(), x, self.mean_scale, (self.weight, self.bias), {"batch": graphs})
+        return Norm.forward(self, x, labels=named(batch=batch, batch_size=batch_size))
+
+    def fit_call(self, call: Call) -> Call:
+        """About a share of the mean."""
+        return super().fit_call(call._replace(center=self.mean_scale))
+
+
+_EACH_GRAPH = Spec.parse("v c -> batch[v] c")
+_CHANNELS = _EACH_GRAPH.read("c", "affine")
+
+
+class _OfGraphsEach(RunningStatistics):
+    """Running statistics that average over graphs."""
+
+    @torch.no_grad()
+    def seen(self, layer: Any, m: Moments) -> tuple[Moments, ...]:
+        """The moments, over graphs, of their means and of their unbiased variances, as far as they are known."""
+        var, known = m.unbiased_var()
+        return moments(m.mean, "b c, b c -> c", m.count > 0), moments(var, "b c, b c -> c", known)
+
+    def values(self, layer: Any, *seen: Moments) -> tuple[Known, Known]:
+        """The averages of means, and of variances."""
+        means, variances = seen
+        return (means.mean, means.count > 0), (variances.mean, variances.count > 0)
 
 
 class InstanceNorm(_OfGraphs, pyg.InstanceNorm):
@@ -441,7 +425,7 @@ class InstanceNorm(_OfGraphs, pyg.InstanceNorm):
     Source: Ulyanov et al., "Instance Normalization: The Missing Ingredient for Fast Stylization", 2016.
     """
 
-    _evaluates_unseen = True
+    running_statistics = _OfGraphsEach(unseen=True)
 
     def __init__(
         self,
@@ -468,33 +452,14 @@ class InstanceNorm(_OfGraphs, pyg.InstanceNorm):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
+        return Norm.forward(self, x, labels=named(batch=batch, batch_size=batch_size))
+
+    def fit_call(self, call: Call) -> Call:
+        """The sets of every graph; running statistics are those of no graph."""
         if self.running_mean is not None and not self.training:
-            return Norm.forward(self, x)
-        graphs = self._graphs(x, batch, batch_size)
-        y = normalize(
-            x,
-            "v c -> batch[v] c",
-            batch=graphs,
-            weight=self.weight,
-            bias=self.bias,
-            affine="c" if self.affine else None,
-            eps=self.eps,
-        )
-        if self.running_mean is not None and self.track_running_stats:
-            self._track(*_of_graphs(x, graphs))
-        return y
-
-    def _values(self, *seen: Moments) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        means, variances = seen
-        return (means.mean, means.count > 0), (variances.mean, variances.count > 0)
-
-
-@torch.no_grad()
-def _of_graphs(x: Tensor, graphs: Partition) -> tuple[Moments, Moments]:
-    """The moments, over graphs, of their means and of their unbiased variances, as far as they are known."""
-    each = moments(x, "v c -> batch[v] c", batch=graphs)
-    var, known = each.unbiased_var()
-    return moments(each.mean, "b c, b c -> c", each.count > 0), moments(var, "b c, b c -> c", known)
+            return Norm.fit_call(self, call._replace(names={}))
+        formula = formula_for(_EACH_GRAPH, call.formula.options, _CHANNELS if self.affine else None, ())
+        return super().fit_call(call._replace(formula=formula))
 
 
 class LayerNorm(_OfGraphs, pyg.LayerNorm):
@@ -554,9 +519,11 @@ class LayerNorm(_OfGraphs, pyg.LayerNorm):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        if self.mode == "node":
-            return Norm.forward(self, x)
-        return self._apply_norm(x, self._graphs(x, batch, batch_size))
+        return Norm.forward(self, x, labels=named(batch=batch, batch_size=batch_size))
+
+    def fit_call(self, call: Call) -> Call:
+        """The graph of every node, in that mode."""
+        return Norm.fit_call(self, call._replace(names={})) if self.mode == "node" else super().fit_call(call)
 
 
 class MeanSubtractionNorm(_OfGraphs, pyg.MeanSubtractionNorm):
@@ -579,7 +546,11 @@ class MeanSubtractionNorm(_OfGraphs, pyg.MeanSubtractionNorm):
         self, x: Tensor, batch: Label | None = None, dim_size: int | None = None
     ) -> Tensor:
         """Subtracts means from x, (nodes, ...), by graphs: batch, (nodes,), and their number, dim_size as in PyG."""
-        return self._apply_norm(x, self._graphs(x, batch, dim_size, told="dim_size"))
+        return Norm.forward(self, x, labels=named(batch=batch, dim_size=dim_size))
+
+    def fit_call(self, call: Call) -> Call:
+        """The graph of every node."""
+        return Norm.fit_call(self, _with_graphs(call, size="dim_size"))
 
 
 class PairNorm(_OfGraphs, pyg.PairNorm):
@@ -614,15 +585,28 @@ class PairNorm(_OfGraphs, pyg.PairNorm):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        graphs = self._graphs(x, batch, batch_size)
-        out = normalize(_wide(x), "v c -> batch[v] c", batch=graphs, scale=False)
-        channels = max(x.shape[-1], 1)  # a squared length is that many mean squares
-        eps, length = self.eps / channels, out.new_full((x.shape[-1],), self.scale / math.sqrt(channels))
-        if self.scale_individually:
-            out = normalize(out, "v c -> v", center=False, eps=eps, weight=length, affine="c")
-        else:
-            out = normalize(out, "v c -> batch[v]", batch=graphs, center=False, eps=eps, weight=length, affine="c")
-        return out.to(x.dtype)
+        return Norm.forward(self, x, labels=named(batch=batch, batch_size=batch_size))
+
+    def fit_call(self, call: Call) -> Call:
+        """Every channel of a graph is centered, and all of them have one variance: the mean of the squared lengths."""
+        call = super().fit_call(call)
+        if self.scale_individually:  # centered here, and given its length in `unfit`
+            formula = formula_for(_EACH_GRAPH, Options(scale=False), None, ())
+            return call._replace(x=_wide(call.x), formula=formula)
+        formula = formula_for(_EACH_GRAPH, Options(eps=self.eps), _CHANNELS, ())
+        return call._replace(formula=formula, wholes=(OneVariance(),), stages=((self._length(call.x), None),))
+
+    def unfit(self, call: Call, y: Tensor) -> Tensor:
+        """Every node of one length, if each of them is scaled."""
+        if not self.scale_individually:
+            return y
+        channels = max(y.shape[-1], 1)  # a squared length is that many mean squares
+        length = self._length(y) / math.sqrt(channels)
+        y = normalize(y, "v c -> v", center=False, eps=self.eps / channels, weight=length, affine="c")
+        return y.to(call.x.dtype)
+
+    def _length(self, x: Tensor) -> Tensor:
+        return x.new_full(x.shape[-1:], self.scale, dtype=stat_dtype(x.dtype))
 
 
 class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
@@ -645,14 +629,15 @@ class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Scales x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        graphs = self._graphs(x, batch, batch_size)
-        size = counts_for(graphs, x)
-        if self._direct and unwatched(x) and x.dim() == 2 and x.is_floating_point():
-            # Three operations, because a batch of graphs is small.
-            y = x * size.rsqrt().index_select(0, graphs._ids).unsqueeze(-1)
-            return y if y.dtype == x.dtype else y.to(x.dtype)
-        one = torch.ones_like(size)  # of which the size is the mean square
-        return self._apply_norm(x, graphs, Moments(one, torch.zeros_like(size), size))
+        return Norm.forward(self, x, labels=named(batch=batch, batch_size=batch_size))
+
+    def fit_call(self, call: Call) -> Call:
+        """By the number of nodes of every graph, as if it were the mean square."""
+        call = super().fit_call(call)
+        if not isinstance(call.x, Tensor):
+            return call
+        size = counts_for(call.names["batch"], call.x)
+        return call._replace(moments=Moments(torch.ones_like(size), torch.zeros_like(size), size))
 
 
 class BatchNorm(pyg.BatchNorm):
@@ -708,7 +693,7 @@ class BatchNorm(pyg.BatchNorm):
 class _BatchNorm1d(Norm, nn.BatchNorm1d):
     """What PyG keeps under the name `module`."""
 
-    _evaluates_unseen = True
+    running_statistics = RunningStatistics(unseen=True)
 
     def __init__(
         self,
@@ -740,7 +725,7 @@ class _BatchNorm1d(Norm, nn.BatchNorm1d):
         if self.training or mean is None:
             shape = x.shape
             one = shape[:1] == (1,) and len(shape) > 1 and x.numel() == shape[1]
-            if one and (self._sharding is None or not self._ranks().groups):
+            if one and (self._sharding is None or not self.ranks().groups):
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         return Norm.forward(self, x)
 
@@ -797,11 +782,15 @@ class HeteroLayerNorm(Norm, pyg.HeteroLayerNorm):
         self, x: Tensor, type_vec: Label | None = None, type_ptr: Tensor | Sequence[int] | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by types: type_vec, (nodes,), or type_ptr, where each begins if sorted."""
-        if not self.affine:
-            return Norm.forward(self, x)
+        return Norm.forward(self, x, labels=named(type_vec=type_vec, type_ptr=type_ptr))
+
+    def fit_call(self, call: Call) -> Call:
+        """The type of every node, also of where each type begins; without parameters none."""
+        names = dict(call.names) if self.affine else {}
+        type_ptr = names.pop("type_ptr", None)
         if type_ptr is not None:
-            type_vec = _of_types(type_ptr, x)
-        return Norm.forward(self, x, labels={} if type_vec is None else {"type_vec": type_vec})
+            names["type_vec"] = _of_types(type_ptr, call.x)
+        return super().fit_call(call._replace(names=names))
 
 
 class HeteroBatchNorm(Norm, pyg.HeteroBatchNorm):
@@ -830,8 +819,7 @@ class HeteroBatchNorm(Norm, pyg.HeteroBatchNorm):
     Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
 
-    _evaluates_unseen = True
-    _counts_per_set = False
+    running_statistics = RunningStatistics(unseen=True, per_set=False)
 
     def __init__(
         self,
@@ -858,7 +846,7 @@ class HeteroBatchNorm(Norm, pyg.HeteroBatchNorm):
 
     def forward(self, x: Tensor, type_vec: Label | None = None) -> Tensor:  # type: ignore[override]
         """Normalizes x, (nodes, channels), by types: type_vec, (nodes,)."""
-        return Norm.forward(self, x, labels={} if type_vec is None else {"type_vec": type_vec})
+        return Norm.forward(self, x, labels=named(type_vec=type_vec))
 
 
 def _of_types(type_ptr: Tensor | Sequence[int], x: Tensor) -> Partition:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .axes import divisors
-from .calls.call import Call
+from .calls.call import Call, Used
 from .calls.functional import moments, normalize
 from .errors import ShapeError, SpecError, say, shown
 from .images import ChannelGroupNorm, over_pixels
@@ -271,10 +271,6 @@ class SoftGroupNorm(Norm):
     """
 
     logits: nn.Parameter
-    _changes = (
-        "its groups overlap: shares mix the moments of this pattern before they are used, so that a positive gain and "
-        "an offset of a whole sample change nothing, and those of a channel do"
-    )
 
     def __init__(
         self,
@@ -353,17 +349,19 @@ class SoftGroupNorm(Norm):
         """The mask over all pixels. `forward` does not do it, because `given` may bring a mask."""
         return over_pixels(x, mask) if isinstance(x, Tensor) else mask
 
-    def fit_call(self, call: Call) -> Call:
-        """With the moments of the soft groups."""
-        call = super().fit_call(call)
-        return call._replace(moments=self._mixed(call.x, call.mask))
-
-    def _mixed(self, x: Tensor, mask: Tensor | None) -> Moments:
+    def used(self, call: Call, own: Moments) -> Used:
         """The moments that every channel is normalized by, (N, C)."""
-        m = moments(x, _PER_CHANNEL, mask, c=self.num_channels)
-        p = (self.logits.to(m.m2.dtype) / self.temperature).softmax(-1)
-        groups = each(lambda t: t[..., None], m).weighed(p).coarsen("n c g -> n g")
-        return each(lambda t: t[:, None], groups).mixed(p)
+        p = (self.logits.to(own.m2.dtype) / self.temperature).softmax(-1)
+        groups = each(lambda t: t[..., None], own).weighed(p).coarsen("n c g -> n g")
+        mixed = each(lambda t: t[:, None], groups).mixed(p)
+        return Used(mixed, mixed)
+
+    def changes(self) -> str:
+        """How shares change the moments."""
+        return (
+            "its groups overlap: shares mix the moments of this pattern before they are used, so that a positive gain "
+            "and an offset of a whole sample change nothing, and those of a channel do"
+        )
 
     def harden(self) -> Partition:
         """Every channel in the group of its largest share.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .axes import divisors
-from .calls.given import something_given
 from .errors import ShapeError, SpecError, say, shown
 from .layers.norm import Norm
 from .partition import Partition, labelled, whole
@@ -149,8 +148,6 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
         if alone and input.dim() and input.numel() == self.num_groups:
             size = list(input.shape)
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-        if self._direct and not (something_given() or self._was_given):
-            return self._directly(input, mask, {}, moments)
         return super().forward(input, mask, moments=moments)
 
     def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:

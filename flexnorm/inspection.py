@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from html import escape
-from typing import Any, NamedTuple, NoReturn, overload
+from inspect import signature
+from typing import Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,9 @@ from torch.nn.parameter import is_lazy
 
 from .calls import complexes
 from .calls.arguments import Formula, Label, Options, as_partition, check_eps, label_names, sort_names
-from .calls.functional import ALONE
+from .calls.call import FIELDS, Call, named
+from .calls.given import given_here, something_given
+from .calls.ranks import alone
 from .errors import SpecError, as_int, say, shown
 from .kernels import Operands, Plan, Recipe, choose, stat_dtype
 from .layers.norm import Norm
@@ -661,51 +664,29 @@ def _about(module: nn.Module, tracks: bool | None = None) -> _About:
     tracks = getattr(module, "running_mean", None) is not None if tracks is None else tracks
     if not isinstance(module, Norm):
         return _About(type(module).__name__, own, tracks)
-    notes = [module._changes] if module._changes else []
+    notes = [changes] if (changes := module.changes()) else []
     axis = module._cumulative
     if axis is not None:
         notes.append(f"cumulative along {axis}: a set has all that came up to it, so sizes grow from these on")
     if module._sharding is not None:
         notes.append(f"sharded along {' '.join(module._sharding.names)}: what is counted here is this rank's part")
-    return _About(
-        type(module).__name__, own, tracks, tuple(notes), axis is None and not module._changes, not module._changes
-    )
+    return _About(type(module).__name__, own, tracks, tuple(notes), axis is None and not changes, not changes)
 
 
-class _Call(NamedTuple):
-    """What a layer of ours made of a call: what meets its pattern."""
+def _fitted(layer: Norm, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
+    """The call that the pattern of a layer meets, from the arguments of its forward: no layer is run.
 
-    x: Tensor
-    mask: Tensor | None
-    labels: Mapping[str, Partition]
-
-
-class _SeenError(Exception):
-    """Ends a call whose arguments are known."""
-
-
-@contextmanager
-def _watched(layer: Norm, note: Callable[[_Call], None]) -> Iterator[None]:
-    """Within, the layer tells what meets its pattern, asks no rank, and evaluates without having seen a batch."""
-    run = layer._run
-
-    def noting(call: Any, moments: Any, partitions: Any, *others: Any) -> Any:
-        read = dict(partitions)
-        layer._read(call.names, read)
-        if call.formula.spec is layer._formula.spec:
-            note(_Call(call.x, call.mask, read))
-        return run(call, moments, partitions, *others)
-
-    before = [(part, dict(part.__dict__)) for part in layer.modules() if isinstance(part, Norm)]
-    for part, _ in before:
-        part.__dict__["_evaluates_unseen"] = True
-    layer.__dict__.update({"_run": noting, "_ranks": lambda: ALONE, "_direct": False})
-    try:
-        yield
-    finally:  # what the layer noted of the call is forgotten, too
-        for part, kept in before:
-            part.__dict__.clear()
-            part.__dict__.update(kept)
+    None: the layer normalizes by another pattern.
+    """
+    told = signature(layer.forward).bind(*args, **kwargs).arguments
+    x, mask = next(iter(told.values())), told.get("mask")
+    names = {name: value for name, value in [*told.items()][1:] if name not in {*FIELDS, "names"}}
+    names = named(**names, **(told.get("labels") or {}), **told.get("names", {}))
+    call = Call(layer.formula, x, mask, names=names)
+    if something_given():
+        call = layer.fit_given(call, given_here())
+    call = layer.fitted(call)
+    return call if call.formula.spec is layer.formula.spec else None
 
 
 def _of_layer(
@@ -720,21 +701,15 @@ def _of_layer(
             received, instead = ", ".join(["mask"] * (mask is not None) + list(given)), "explain(layer, x)"
             raise SpecError(say(f"{type(layer).__name__} takes x alone", received=received, instead=instead))
         return _explained(formula, _with_batch(layer, like), None, {}, _about(layer))
-    calls: list[_Call] = []
-
-    def note(call: _Call) -> NoReturn:
-        calls.append(call)
-        raise _SeenError
-
-    with torch.no_grad(), suppress(_SeenError), _watched(layer, note):
-        layer.forward(like, *([] if mask is None else [mask]), **given)
-    if not calls:
+    with torch.no_grad():
+        call = _fitted(layer, (like, *([] if mask is None else [mask])), given)
+    if call is None:
         received, instead = f"{type(layer).__name__}", "explain(its pattern, x)"
         raise SpecError(say("this layer normalizes nothing by its pattern", received=received, instead=instead))
-    patterns = layer._patterns()
+    met, patterns = (call.x, call.mask, call.names), layer._patterns()
     if len(patterns) == 1:
-        return _explained(layer._formula, *calls[0], _about(layer))
-    seen = {str(f.spec): _explained(f, *calls[0], _about(layer, tracks)) for f, tracks in patterns}
+        return _explained(layer.formula, *met, _about(layer))
+    seen = {str(f.spec): _explained(f, *met, _about(layer, tracks)) for f, tracks in patterns}
     return Report(_COLUMNS, tuple(_row(f"{k + 1}", layer, seen[p], True, k) for k, p in enumerate(seen)), seen)
 
 
@@ -792,24 +767,31 @@ def _row(name: str, layer: nn.Module, found: Explanation | None, ran: bool, plac
 def _observe(model: nn.Module, layers: Mapping[str, nn.Module], x: Any, seen: dict[str, Explanation]) -> None:
     """Runs the model once in evaluation, and explains what its norms are first called with."""
     with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(alone())
         for name, layer in layers.items():
             formula = formula_of(layer)
-            if isinstance(layer, Norm):
-                stack.enter_context(_watched(layer, partial(_note, seen, name, layer)))
-            elif formula is not None:
-                note = partial(_note_torch, seen, name, formula)
+            if formula is not None:
+                note = (
+                    partial(_note, seen, name) if isinstance(layer, Norm) else partial(_note_torch, seen, name, formula)
+                )
                 stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
-        stack.enter_context(undisturbed(model))
+        for part in model.modules():
+            if isinstance(part, Norm) and part.num_batches_tracked is not None:
+                part.num_batches_tracked.fill_(1)  # a layer is explained before it has seen a batch
         model.eval()
         args, kwargs = arguments_of(model, x)
         model(*args, **kwargs)
 
 
-def _note(seen: dict[str, Explanation], name: str, layer: Norm, call: _Call) -> None:
-    for place, (formula, tracks) in enumerate(layer._patterns()):
-        if _key(name, place) not in seen:
-            about = _about(layer, tracks)
-            seen[_key(name, place)] = _explained(formula, call.x.detach(), call.mask, call.labels, about)
+def _note(seen: dict[str, Explanation], name: str, layer: Norm, args: Any, kwargs: Any) -> None:
+    if name in seen:
+        return
+    call = _fitted(layer, args, kwargs)
+    for place, (formula, tracks) in enumerate(layer._patterns() if call is not None else ()):
+        assert call is not None
+        about = _about(layer, tracks)
+        seen[_key(name, place)] = _explained(formula, call.x.detach(), call.mask, call.names, about)
 
 
 def _note_torch(

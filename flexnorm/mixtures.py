@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .calls.arguments import Formula, Label, Options, label_missing
-from .calls.call import Call, Used
-from .calls.functional import ALONE, own_moments
+from .calls.call import ALONE, Call, Used
+from .calls.ranks import Ranks
 from .errors import SpecError, say, shown
 from .images import broadcasts, over_pixels
-from .layers.norm import Norm, checked_momentum
+from .layers.norm import Norm
+from .layers.running import checked_momentum
+from .layers.static_labels import given_once, read_labels
 from .partition import Partition, whole
 from .spec import Axis, Lookup, Spec
 from .statistics import Moments, each
@@ -332,8 +334,10 @@ class Mixture(Norm):
         if self._sharding is not None:
             rule, instead = "the moments of a call are those of this rank", "norm(x) in training, which asks the others"
             raise SpecError(say(rule, received=f"sharded={' '.join(self._sharding.names)!r}", instead=instead))
-        partitions = self._static.beside(seen.mean)
-        self._check_labels(names if labels is None else self._both(names, labels), partitions)
+        dynamic = names if labels is None else given_once(self._spec, names, labels)
+        partitions = read_labels(
+            Call(self.formula, seen.mean, names=dynamic), self._spec, self._lookups, self._static, self._counts
+        )
         found: dict[str, Tensor] = {}
         for k in range(len(self._coarser)):
             norm = self._running_of(k)
@@ -348,28 +352,64 @@ class Mixture(Norm):
         names = [axis.name for axis in pattern.x.axes()]
         return str(pattern), labels, {name: size for name, size in self._sizes.items() if name in names}
 
-    def used(self, call: Call) -> Used | None:
+    def used(self, call: Call, own: Moments) -> Used:
         """The moments of all patterns, mixed. The moments of the finest sets are what is seen."""
-        if call.moments is not None:
-            return None
-        x, mask = call.x, call.mask
-        for norm in self._runs():
-            norm._check_kind(x)
-        partitions = self._static.beside(x)
-        if self._sharding is None:  # apart from the other, because a compiler knows no such block
-            self._check_labels(call.names, partitions)
-            own = own_moments(call.formula, x, mask, partitions)
-            larger = self._coarsened(own, partitions)
-        else:
-            own, larger = self._over_ranks(call, partitions)
+        larger = self._coarsened(own, call.names)
+        ranks = call.ranks
+        if (
+            ranks is not None and ranks.agreeing
+        ):  # the sets of some patterns go on over ranks, and the finest sets do not
+            every = self._ranks_of_all()
+            went = [(spec, m) for spec, m, whole in zip(self._specs, larger, every, strict=True) if whole.groups]
+            what = "; ".join(f"sets of ({s.sets}), shape {tuple(m.mean.shape)}, in {m.mean.dtype}" for s, m in went)
+            call.formula.prepare(call.x, call.mask, call.stages, call.names)
+            needed = torch.is_grad_enabled() and own.mean.requires_grad
+            ranks.agree_on(what, differentiated=needed, needed=needed)
+            larger = [whole.moments(m) for m, whole in zip(larger, every, strict=True)]
 
         def track() -> None:
             for k, m in enumerate(larger):
                 norm = self._running_of(k)
                 if norm is not None and norm.training and norm.track_running_stats:
-                    norm._track(m)
+                    norm.running_statistics.track(norm, m)
 
-        return Used(self._mixed(self._alternatives(own, larger, partitions)), own, track)
+        return Used(self._mixed(self._alternatives(own, larger, call.names)), own, track)
+
+    def fit_call(self, call: Call) -> Call:
+        """The labels of all patterns are given, and running statistics are of the kind of x."""
+        call = super().fit_call(call)
+        for norm in self._runs():
+            if norm.running_mean is not None:
+                norm.running_statistics.check_kind(norm, call.x, norm.running_mean)
+        missing = next(
+            (
+                name
+                for _, read, _ in self._coarser
+                for name in read
+                if name not in call.names and name not in self.labels
+            ),
+            None,
+        )
+        if missing is not None and call.moments is None:
+            raise label_missing(*self._lookups[missing])
+        return call
+
+    def ranks(self) -> Ranks:
+        """The ranks that all patterns go on over. If the finest sets do not, these only agree on the call."""
+        whole = super().ranks()
+        if whole.groups or self._sharding is None:
+            return whole
+        return Ranks([], agreeing=next((ranks.groups for ranks in self._ranks_of_all() if ranks.groups), ()))
+
+    def _ranks_of_all(self) -> list[Ranks]:
+        """The ranks that the sets of every pattern go on over; none, where it evaluates by running statistics."""
+        assert self._sharding is not None
+        return [
+            ALONE
+            if (norm := self._running_of(k)) is not None and not norm.training
+            else self._sharding.of(spec).ranks()
+            for k, spec in enumerate(self._specs)
+        ]
 
     def _running_of(self, k: int) -> Norm | None:
         """What keeps the running statistics of a pattern, if it has any."""
@@ -377,20 +417,14 @@ class Mixture(Norm):
         assert norm is None or isinstance(norm, Norm)
         return norm
 
-    def _check_labels(self, dynamic: Mapping[str, Any], partitions: dict[str, Partition]) -> None:
-        """Reads the labels. Those of the finest pattern are asked for with its moments."""
-        self._read(dynamic, partitions)
-        missing = next((name for _, read, _ in self._coarser for name in read if name not in partitions), None)
-        if missing is not None:
-            raise label_missing(*self._lookups[missing])
-
     def _coarsened(self, own: Moments, partitions: Mapping[str, Partition]) -> list[Moments]:
         """The moments of every pattern; the running ones, where it evaluates by them."""
         larger = []
         for k in range(len(self._coarser)):
             norm = self._running_of(k)
             if norm is not None and not norm.training:
-                m = norm._running().rounded(own.m2.dtype)  # with the count of two elements, as they are known
+                # The count of two elements says that the moments are known.
+                m = norm.running_statistics.moments(norm).rounded(own.m2.dtype)
                 larger.append(Moments(m.count.to(own.count.dtype) * 2, m.mean, m.m2 * 2, m.low))
             else:
                 larger.append(self._larger(k, own, partitions))
@@ -402,32 +436,6 @@ class Mixture(Norm):
             return own
         pattern, read, sizes = self._coarser[k]
         return own.coarsen(pattern, sizes=sizes, **{name: partitions[name] for name in read})
-
-    def _over_ranks(self, call: Call, partitions: dict[str, Partition]) -> tuple[Moments, list[Moments]]:
-        """The finest moments, and those of every pattern, over all ranks. What may raise does so before these agree."""
-        formula, x, mask, dynamic = call.formula, call.x, call.mask, call.names
-        params = self._params(call.weight, call.bias)
-        assert self._sharding is not None
-        with self._sharding.ranks() as whole:  # if the finest sets go on over the ranks, all others follow from them
-            if whole.groups:
-                self._check_labels(dynamic, partitions)
-                formula.prepare(x, mask, params, partitions)
-                own = own_moments(formula, x, mask, partitions, whole)
-                return own, self._coarsened(own, partitions)
-        apart = [norm is not None and not norm.training for norm in map(self._running_of, range(len(self._specs)))]
-        every = [
-            ALONE if runs else self._sharding.of(spec).ranks() for spec, runs in zip(self._specs, apart, strict=True)
-        ]
-        with next((ranks for ranks in every if ranks.groups), ALONE) as together:
-            self._check_labels(dynamic, partitions)
-            formula.prepare(x, mask, params, partitions)
-            own = own_moments(formula, x, mask, partitions)
-            larger = self._coarsened(own, partitions)
-            went = [(spec, m) for spec, m, ranks in zip(self._specs, larger, every, strict=True) if ranks.groups]
-            what = "; ".join(f"sets of ({s.sets}), shape {tuple(m.mean.shape)}, in {m.mean.dtype}" for s, m in went)
-            needed = torch.is_grad_enabled() and own.mean.requires_grad
-            together.agree_on(what, differentiated=needed, needed=needed)
-        return own, [ranks.moments(m) for m, ranks in zip(larger, every, strict=True)]
 
     def _alternatives(
         self, own: Moments, larger: Sequence[Moments], partitions: Mapping[str, Partition]

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .calls.call import Call
 from .errors import ShapeError, SpecError, say, shown
 from .layers.norm import Norm
+from .layers.running import RunningStatistics
 from .sequences import as_mask, frame_lengths
 
 __all__ = ["padding_proof"]
@@ -309,17 +311,22 @@ class _Masked(Norm):
     _axis: int
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # the signature of the layer it replaces
-        if input.dim() < 3:
-            _rows_are_sequences(self, self._name, input)
-            return super().forward(input)
-        axis = 2 if input.dim() == 3 else self._axis
-        lengths = _lengths(self, self._name, input, axis)
+        return super().forward(input)
+
+    def fit_call(self, call: Call) -> Call:
+        """The valid part of x as a mask."""
+        x = call.x
+        if x.dim() < 3:
+            _rows_are_sequences(self, self._name, x)
+            return call
+        axis = 2 if x.dim() == 3 else self._axis
+        lengths = _lengths(self, self._name, x, axis)
         if lengths is None:
-            return super().forward(input)
-        valid = _prefix(lengths, input.shape[axis])
-        shape = [1] * (input.dim() - 1)
+            return call
+        valid = _prefix(lengths, x.shape[axis])
+        shape = [1] * (x.dim() - 1)
         shape[0], shape[axis - 1] = valid.shape
-        return super().forward(input, valid.reshape(shape).expand(input.shape[0], *input.shape[2:]))
+        return call._replace(mask=valid.reshape(shape).expand(x.shape[0], *x.shape[2:]))
 
     @classmethod
     def of(cls, layer: Any, name: str, axis: int) -> _Masked:
@@ -360,7 +367,7 @@ class _GroupNorm(_Masked, nn.GroupNorm):
 class _Channelwise(_Masked):
     """Instance and batch norm: each channel alone."""
 
-    _evaluates_unseen = True
+    running_statistics = RunningStatistics(unseen=True)
     pattern: str
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -90,7 +91,8 @@ def hand_on(old: nn.Module, new: nn.Module) -> str:
             if old._buffers.get(name) is not None:
                 new._buffers[name] = old._buffers[name]
         if isinstance(new, Norm):
-            new._evaluates_unseen = True  # as the layer before did
+            # As the layer before did.
+            new.running_statistics = replace(new.running_statistics, unseen=True)
         return "carried"
     return "dropped" if had else "new" if has else ""
 

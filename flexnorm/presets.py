@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .calls.arguments import Label, Options
-from .calls.call import Call, Used
+from .calls.call import Call, Used, named
 from .calls.functional import formula_for
 from .calls.functional import moments as moments_of
 from .errors import ShapeError, SpecError, as_int, say, shown
 from .images import broadcasts, over_pixels
 from .layers.norm import Norm
+from .layers.running import Known, RunningStatistics
 from .partition import Partition, labelled, whole
 from .spec import Spec
 from .statistics import Moments, each
@@ -148,7 +150,7 @@ class WeightedGroupNorm(Norm):
             alone = moments_of(x, "n c ..., n ... -> n c", pixels)
             moments = alone.weighed(self.channel_weight).coarsen("n (g c) -> n g", sizes=sizes)
         told = (*sizes.items(), ("c", self.num_channels // self.num_groups))
-        affine = None if self._affine is None else _OF_CHANNELS
+        affine = _OF_CHANNELS if call.formula.affines else None
         formula = formula_for(_OVER_PIXELS, call.formula.options, affine, told)
         return call._replace(formula=formula, mask=pixels, moments=moments)
 
@@ -423,7 +425,7 @@ class SubgraphNorm(Norm):
             batch: the graph of every node, (nodes,). Without it, all nodes are one graph.
             mask: bool (which nodes there are) or floating (weights), (nodes,).
         """
-        return super().forward(x, mask, labels=_given(part=part, batch=batch))
+        return super().forward(x, mask, labels=named(part=part, batch=batch))
 
     def fit_call(self, call: Call) -> Call:
         """Without a batch, all nodes are one graph."""
@@ -503,7 +505,7 @@ class RegionNorm(Norm):
             region: the region of every pixel, (N, *spatial), or of size 1 along an axis. Bool: False is 0, True is 1.
             mask: bool (which pixels there are) or floating (weights), (N, *spatial), or of size 1 along an axis.
         """
-        return super().forward(x, mask, labels=_given(region=region))
+        return super().forward(x, mask, labels=named(region=region))
 
     def fit_call(self, call: Call) -> Call:
         """The mask and the regions over all pixels; a bool mask of two regions as numbers."""
@@ -671,7 +673,7 @@ class DemographicNorm(Norm):
             mask: bool, which rows there are, (N,).
             return_moments: as in `Norm`: of everyone, then of the groups.
         """
-        return super().forward(x, mask, return_moments=return_moments, labels=_given(group=group))  # type: ignore[call-overload]
+        return super().forward(x, mask, return_moments=return_moments, labels=named(group=group))  # type: ignore[call-overload]
 
     def fit_call(self, call: Call) -> Call:
         """The group of every row as a row of the statistics."""
@@ -682,18 +684,13 @@ class DemographicNorm(Norm):
         group = self._shifted(call.names.get("group"))
         return super().fit_call(call if group is None else call._replace(names={**call.names, "group": group}))
 
-    def used(self, call: Call) -> Used | None:
+    def used(self, call: Call, own: Moments) -> Used:
         """In training: the moments of everyone for rows without a group, and where a group has too few members."""
-        group = call.names.get("group")
-        if call.moments is not None or not self.training or not isinstance(group, Partition):
-            return None
-        over: dict[str, Any] = {}
-        if self._sharding is not None:
-            over = {"sharded": self._sharding.names, "process_group": self.process_group}
-        own = moments_of(call.x, call.formula.spec.text, call.mask, f=self.num_features, group=group, **over)
         everyone = own.coarsen("group f -> f")
         seen = each(lambda of_all, of_groups: torch.cat([of_all[None], of_groups[1:]]), everyone, own)
-        return Used(_filled(seen, seen.count >= self.min_members), seen, lambda: self._track(seen))
+        moved = seen if self.training and self.track_running_stats else None
+        track = None if moved is None else lambda: self.running_statistics.track(self, moved)
+        return Used(_filled(seen, seen.count >= self.min_members), seen, track)
 
     def extra_repr(self) -> str:
         """The arguments that it was built with."""
@@ -702,16 +699,6 @@ class DemographicNorm(Norm):
         said += ["bias=False"] if self.weight is not None and self.bias is None else []
         said += [f"activation={self._options.activation!r}"] if self._options.activation else []
         return ", ".join(said)
-
-    def _running(self) -> Moments:
-        """Those of everyone where a group was never seen."""
-        assert self.num_batches_tracked is not None
-        return _filled(super()._running(), self.num_batches_tracked > 0)
-
-    def _values(self, *seen: Moments) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        (m,) = seen
-        known = m.count >= self.min_members
-        return (m.mean, known), (m.unbiased_var()[0], known)
 
     def _shifted(self, group: Any) -> Any:
         """The row of the statistics that every row of x has: 0 for -1. What is no label, the pattern refuses."""
@@ -734,6 +721,24 @@ class DemographicNorm(Norm):
 _IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+@dataclass(frozen=True)
+class _OfGroups(RunningStatistics):
+    """The running statistics of everyone, in row 0, and of groups that have enough members."""
+
+    def moments(self, layer: Any) -> Moments:
+        """The statistics of everyone stand for a group that was never seen."""
+        return _filled(super().moments(layer), layer.num_batches_tracked > 0)
+
+    def values(self, layer: Any, *seen: Moments) -> tuple[Known, Known]:
+        """Groups with too few members stay."""
+        (m,) = seen
+        known = m.count >= layer.min_members
+        return (m.mean, known), (m.unbiased_var()[0], known)
+
+
+DemographicNorm.running_statistics = _OfGroups()
+
+
 def _filled(m: Moments, known: Tensor) -> Moments:
     """Where not known, the moments of the first row."""
     return each(lambda t: t.where(known, t[:1]), m)
@@ -746,11 +751,6 @@ def _groups(num_groups: int, num_channels: int, affine: bool) -> dict[str, Any]:
     """The options of a `Norm` whose channels are "(g c)"."""
     groups, channels = whole(num_groups, "num_groups", 1), whole(num_channels, "num_channels", 1)
     return {"affine": "(g c)" if affine else None, "g": groups, "sizes": {"(g c)": channels}}
-
-
-def _given(**labels: Label | None) -> dict[str, Label]:
-    """The labels that came with the call: those that did not may be given from around."""
-    return {name: label for name, label in labels.items() if label is not None}
 
 
 def _expanded(x: Tensor, region: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class _Bare(nn.Module):
 def _grad_sample(layer: Norm, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
     """The gradient of every parameter, for every sample: the first axis of x and of a mask."""
     x, *masks = activations
-    if layer._masked and not masks:
+    if layer.__dict__.get("_masked") and not masks:
         raise NotImplementedError(
             say(
                 "Opacus knows of positional arguments only, and this layer had a mask that was none",

@@ -9,12 +9,12 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from .calls.functional import normalize
-from .calls.given import given_here
+from .calls.call import NONE, Call, named
+from .calls.functional import formula_for
 from .errors import ShapeError, SpecError, as_int, say, shown
 from .layers.norm import Norm
 from .partition import Partition, readable
-from .statistics import Moments
+from .spec import Spec
 
 __all__ = ["SequenceGroupNorm", "TokenGroupNorm", "as_mask", "frame_lengths"]
 
@@ -313,36 +313,42 @@ class _OfSequences(Norm, nn.GroupNorm):
             cu_seqlens: x is packed; where every sequence begins, and the end of the last: (batch + 1). Or a `Partition`
                 of the rows, which serves many layers.
         """
-        told = {"mask": mask, "lengths": lengths, "key_padding_mask": key_padding_mask, "cu_seqlens": cu_seqlens}
-        told = {name: value for name, value in told.items() if value is not None}
-        around = given_here()
-        if not told and "cu_seqlens" in around and isinstance(x, Tensor) and self._asks_for_cu_seqlens(x):
-            try:
-                return self.forward(x, cu_seqlens=around["cu_seqlens"])
-            except (SpecError, ShapeError) as error:
-                raise type(error)(f"{error}\n  in:       {self}, inside of given({', '.join(around)})") from None
-        self._check(x, told)
+        told = named(lengths=lengths, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
+        return super().forward(x, mask, labels=told)
+
+    def fit_given(self, call: Call, around: Mapping[str, Any]) -> Call:
+        """What is valid, if the call does not say it. `cu_seqlens` is for packed rows alone."""
+        if call.mask is not None or call.names:
+            return call
+        if isinstance(call.x, Tensor) and "cu_seqlens" in around and self._asks_for_cu_seqlens(call.x):
+            return call._replace(names={"cu_seqlens": around["cu_seqlens"]})
+        if isinstance(call.x, Tensor) and call.x.is_nested:
+            return call
+        return super().fit_given(call, {name: value for name, value in around.items() if name != "cu_seqlens"})
+
+    def fit_call(self, call: Call) -> Call:
+        """Padded rows with a mask, packed rows with their sequences as labels."""
+        x, mask, names = call.x, call.mask, call.names
+        self._check(x, names if mask is None else {"mask": mask, **names})
         if x.is_nested:
-            return self._of_jagged(x)
-        if cu_seqlens is None:
-            return super().forward(x, as_mask(mask, lengths, key_padding_mask, **self._place(x)) if told else None)
-        segments = _segments(cu_seqlens, x.shape[0], x.device)
-        return self._of_rows(x, segments, as_mask(mask, None, key_padding_mask, batch=(), time=x.shape[0]))
-
-    def _directly(
-        self, x: Tensor, mask: Tensor | None, dynamic: Mapping[str, Any], moments: Moments | None = None
-    ) -> Tensor:
-        self._check_values(x, mask)
-        return super()._directly(x, mask, dynamic, moments)
-
-    def _check_values(self, x: Tensor, mask: Tensor | None) -> None:
-        if mask is None and x.numel() == self.num_groups:
+            return self._of_rows(call, *self._jagged(x))
+        cu_seqlens, lengths, padding = names.get("cu_seqlens"), names.get("lengths"), names.get("key_padding_mask")
+        if cu_seqlens is not None:
+            segments = _segments(cu_seqlens, x.shape[0], x.device)
+            return self._of_rows(call, x, segments, as_mask(mask, None, padding, batch=(), time=x.shape[0]))
+        if names or mask is not None:
+            mask = as_mask(mask, lengths, padding, **self._place(x))
+        elif x.numel() == self.num_groups:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
+        return call._replace(mask=mask, names=NONE)
 
-    def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The mask over batch and time; a mask that `given` has brought was not read before."""
-        self._check_values(x, mask)
-        return None if mask is None else as_mask(mask, **self._place(x))
+    def unfit(self, call: Call, y: Tensor) -> Tensor:
+        """The jagged tensor of the rows."""
+        x: Any = call.x
+        if not x.is_nested:
+            return y
+        y = y.transpose(0, x._ragged_idx - 1)
+        return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx)
 
     def _place(self, x: Tensor) -> dict[str, Any]:
         """Where x has batch and time."""
@@ -375,24 +381,17 @@ class _OfSequences(Norm, nn.GroupNorm):
             received = ", ".join([f"x of shape {tuple(x.shape)}", *(f"{n}={shown(v)}" for n, v in told.items())])
             raise ShapeError(say(fault[0], received=received, instead=fault[1]))
 
-    def _of_rows(self, x: Tensor, segments: Partition, mask: Tensor | None) -> Tensor:
-        return normalize(
-            x,
-            self._rows,
-            mask,
-            weight=self.weight,
-            bias=self.bias,
-            affine="(g c)" if self.affine else None,
-            eps=self.eps,
-            g=self.num_groups,
-            sizes={"(g c)": self.num_channels},
-            labels={"seq": segments} if "seq[" in self._rows else None,
-        )
+    def _of_rows(self, call: Call, x: Tensor, segments: Partition, mask: Tensor | None) -> Call:
+        """The call of packed rows."""
+        spec = Spec.parse(self._rows)
+        affine = spec.read("(g c)", "affine") if self.affine else None
+        told = (("(g c)", self.num_channels), ("g", self.num_groups))
+        formula = formula_for(spec, call.formula.options, affine, told)
+        names = {"seq": segments} if formula.lookups else NONE
+        return call._replace(formula=formula, x=x, mask=mask, names=names)
 
-    def _of_jagged(self, x: Any) -> Tensor:
-        ragged = x._ragged_idx - 1
-        y = self._of_rows(x.values().transpose(0, ragged), *_jagged_rows(x)).transpose(0, ragged)
-        return torch.nested.nested_tensor_from_jagged(y, x.offsets(), x.lengths(), jagged_dim=x._ragged_idx)
+    def _jagged(self, x: Any) -> tuple[Tensor, Partition, Tensor | None]:
+        return (x.values().transpose(0, x._ragged_idx - 1), *_jagged_rows(x))
 
 
 class TokenGroupNorm(_OfSequences):

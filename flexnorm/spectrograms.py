@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calls.call import Call
+from .calls.call import Call, named
 from .calls.functional import moments as moments_of
 from .errors import ShapeError, SpecError, as_int, say, shown
 from .layers.norm import Norm
@@ -281,12 +281,12 @@ class MelBandNorm(Norm):
             mask: instead of lengths: True where a frame is, (B, T).
             moments: statistics to use instead of x's own.
         """
-        _check(x, self._sizes["f"])
-        return super().forward(x, _frames(x, lengths, mask), moments=moments)
+        return super().forward(x, mask, moments=moments, labels=named(lengths=lengths))
 
-    def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The mask over frames. `forward` does not do it, because `given` may bring a mask."""
-        return _frames(x, None, mask)
+    def fit_call(self, call: Call) -> Call:
+        """The mask over frames, also of lengths."""
+        _check(call.x, self._sizes["f"])
+        return _of_frames(call)
 
 
 _AXES = {"channel": "c", "frequency": "f", "band": "band[f]"}
@@ -405,19 +405,15 @@ class CepstralNorm(Norm):
             lengths: number of frames of every sample, (B,).
             mask: instead of lengths: True where a frame is, (B, T).
         """
-        _check(x, self._sizes.get("f"))
-        return super().forward(x, _frames(x, lengths, mask))
-
-    def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The mask over frames. `forward` does not do it alone, because `given` may bring a mask."""
-        return _frames(x, None, mask)
+        return super().forward(x, mask, labels=named(lengths=lengths))
 
     def fit_call(self, call: Call) -> Call:
-        """With the fitted statistics, in that mode."""
-        call = super().fit_call(call)
-        return call._replace(moments=self._fitted()) if self.mode == "fixed" else call
+        """The mask over frames, also of lengths; and the fitted statistics, in that mode."""
+        _check(call.x, self._sizes.get("f"))
+        call = _of_frames(call)
+        return call._replace(moments=self._fitted_moments()) if self.mode == "fixed" else call
 
-    def _fitted(self) -> Moments:
+    def _fitted_moments(self) -> Moments:
         mean, var = self.running_mean, self.running_var
         assert mean is not None
         assert var is not None
@@ -494,6 +490,12 @@ def _check(x: Tensor, num_frequencies: int | None) -> None:
                 instead=f"bands, or num_features, for {x.shape[-2]} frequencies{other}",
             )
         )
+
+
+def _of_frames(call: Call) -> Call:
+    """The call with a mask in place of lengths."""
+    names = dict(call.names)
+    return call._replace(mask=_frames(call.x, names.pop("lengths", None), call.mask), names=names)
 
 
 def _frames(x: Tensor, lengths: Tensor | Sequence[int] | None, mask: Tensor | None) -> Tensor | None:

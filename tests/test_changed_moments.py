@@ -3,29 +3,46 @@
 The reference is autograd through plain operations in float64. Bounds are those of `close`.
 """
 
+import gc
+import threading
+import weakref
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import flexnorm.calls.functional
+import flexnorm
 from flexnorm import Moments, Norm, moments, normalize
-from flexnorm.calls.gradients import Bound
+from flexnorm.calls.call import Used
+from flexnorm.calls.gradients import Bound, Statistics
 from flexnorm.kernels import cpu
 
 PATTERN, SHAPE = "n c t -> n c", (3, 4, 6)
 
 
+class Changed(Norm):
+    """A norm by what a function makes of the moments of x."""
+
+    def __init__(self, pattern, change, **options):
+        super().__init__(pattern, **options)
+        self.change = change
+
+    def used(self, call, own):
+        changed = self.change(own)
+        return Used(changed, changed)
+
+
 @pytest.fixture
 def joined(monkeypatch):
-    """How many gradients of x were left to `_Statistics.backward`, and with sums of its own (True) or beside them."""
-    seen, dx = [], flexnorm.calls.gradients._Waiting.dx
+    """How often one pass over x gave the gradients of both, and whether the moments had gradients of their own."""
+    seen, dx = [], Statistics._of_partner
 
-    def noting(self, sums):
-        seen.append(sums is not None)
-        return dx(self, sums)
+    def noting(how, operands, own, gradients, dy, answer):
+        seen.append(any(d is not None for d in gradients))
+        return dx(how, operands, own, gradients, dy, answer)
 
-    monkeypatch.setattr(flexnorm.calls.gradients._Waiting, "dx", noting)
+    monkeypatch.setattr(Statistics, "_of_partner", noting)
     return Joined(seen)
 
 
@@ -80,11 +97,11 @@ def test_gradients_are_those_of_the_formula(change, std, offset, leaf, joined):
     base = (std * torch.randn(SHAPE, dtype=torch.float64) + offset).requires_grad_()
     x = base if leaf else base * 1.0
     dy = torch.randn(SHAPE, dtype=torch.float64)
-    m = moments(x, PATTERN)
-    n, mean, m2 = CHANGES[change](m.count.to(x.dtype), m.mean, m.m2)
-    low = m.low if change == "as they are" else None
-    y = normalize(x, PATTERN, moments=Moments(n, mean, m2, low))
-    (got,) = torch.autograd.grad(y, base, dy, retain_graph=True)
+
+    def changed(m):
+        return Moments(*CHANGES[change](m.count.to(x.dtype), m.mean, m.m2), m.low if change == "as they are" else None)
+
+    (got,) = torch.autograd.grad(Changed(PATTERN, changed)(x), base, dy, retain_graph=True)
     y = applied(x, *CHANGES[change](*by_hand(x)))
     (expected,) = torch.autograd.grad(y, base, dy)
     close(got, expected, scale=max(1.0, (offset / std) ** 2))
@@ -96,10 +113,9 @@ def test_with_a_mask(kind, joined):
     torch.manual_seed(0)
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(3, 6) < 0.7 if kind == "bool" else torch.rand(3, 6, dtype=torch.float64)
-    m = moments(x, "n c t, n t -> n c", mask)
-    changed = Moments(m.count, m.mean * 0.5, m.m2 + 1, m.low * 0.5)
+    norm = Changed("n c t, n t -> n c", lambda m: Moments(m.count, m.mean * 0.5, m.m2 + 1, m.low * 0.5))
     dy = torch.randn(SHAPE, dtype=torch.float64)
-    (got,) = torch.autograd.grad(normalize(x, "n c t, n t -> n c", mask, moments=changed), x, dy)
+    (got,) = torch.autograd.grad(norm(x, mask), x, dy)
     n, mean, m2 = by_hand(x, mask)
     y = applied(x, n, mean * 0.5, m2 + 1)
     y = y * mask[:, None] if kind == "bool" else y
@@ -147,9 +163,14 @@ def test_moments_that_serve_twice(joined):
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
     factor = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     dy = torch.randn(2, *SHAPE, dtype=torch.float64)
-    m = moments(x, PATTERN)
-    first = normalize(x, PATTERN, moments=Moments(m.count, m.mean * factor, m.m2))
-    second = normalize(x, PATTERN, moments=Moments(m.count, m.mean, m.m2 * factor))
+    kept = []
+
+    def noted(m):
+        kept.append(m)
+        return Moments(m.count, m.mean * factor, m.m2)
+
+    first = Changed(PATTERN, noted)(x)
+    second = normalize(x, PATTERN, moments=Moments(kept[0].count, kept[0].mean, kept[0].m2 * factor))
     n, mean, m2 = by_hand(x)
     third, fourth = applied(x, n, mean * factor, m2), applied(x, n, mean, m2 * factor)
     for got, expected, v in (
@@ -158,12 +179,46 @@ def test_moments_that_serve_twice(joined):
         ([first], [third], [dy[0]]),
     ):
         want = torch.autograd.grad(expected, (x, factor), v, retain_graph=True)
-        torch.autograd.grad(
-            first, factor, dy[0], retain_graph=True
-        )  # x is not asked for: what is left waits for nobody
+        torch.autograd.grad(first, factor, dy[0], retain_graph=True)  # a pass that does not ask for x
         for a, b in zip(torch.autograd.grad(got, (x, factor), v, retain_graph=True), want, strict=True):
             close(a, b)
-    assert joined == [True, False, True, True]
+    assert joined == [True, True]
+
+
+def test_threads_share_one_graph():
+    """Every pass has the gradients of its own loss, because no state lies between the passes."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 8, 24, dtype=torch.float64, requires_grad=True)
+    y = Changed(PATTERN, lambda m: m.about(0.5))(x)
+    losses = [y.pow(k + 2).sum() for k in range(4)]
+    expected = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in losses]
+    wrong = []
+
+    def work(k):
+        for _ in range(30):
+            (found,) = torch.autograd.grad(losses[k], x, retain_graph=True)
+            if not torch.equal(found, expected[k]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_pass_that_takes_nothing_of_x_leaves_no_memory_behind():
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    norm = Changed(PATTERN, lambda m: m.about(0.5), affine="c", c=4, dtype=torch.float64)
+    y = norm(x)
+    held = [
+        weakref.ref(dy)
+        for dy in [torch.randn(SHAPE, dtype=torch.float64)]
+        if not torch.autograd.grad(y, norm.weight, dy, retain_graph=True)[0].isnan().any()
+    ]
+    gc.collect()
+    assert held[0]() is None
 
 
 def test_x_is_used_elsewhere_too_and_has_hooks():
@@ -176,8 +231,7 @@ def test_x_is_used_elsewhere_too_and_has_hooks():
         x.register_hook(lambda g: 2 * g)
         return torch.autograd.grad(normal(x) * x.sin(), base, dy)[0]
 
-    m = lambda x: moments(x, PATTERN).about(0.5)  # noqa: E731
-    got = whole(lambda x: normalize(x, PATTERN, moments=m(x)))
+    got = whole(Changed(PATTERN, lambda m: m.about(0.5)))
     expected = whole(
         lambda x: applied(x, *(lambda n, mean, m2: (n, mean / 2, m2 + n * (mean / 2).square()))(*by_hand(x)))
     )
@@ -187,7 +241,7 @@ def test_x_is_used_elsewhere_too_and_has_hooks():
 def test_backward_accumulates_twice_over_one_graph():
     torch.manual_seed(0)
     x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
-    y = normalize(x, PATTERN, moments=moments(x, PATTERN).about(0.5))
+    y = Changed(PATTERN, lambda m: m.about(0.5))(x)
     y.sin().sum().backward(retain_graph=True)
     once = x.grad.clone()
     y.sin().sum().backward()
@@ -198,16 +252,17 @@ def test_twice_differentiable():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(lambda x: normalize(x, PATTERN, moments=moments(x, PATTERN).about(0.5)), x)
+    assert torch.autograd.gradgradcheck(Changed(PATTERN, lambda m: m.about(0.5)), x)
 
 
 def test_with_parameters_and_activation(joined):
     torch.manual_seed(0)
-    norm = Norm(PATTERN, affine="c", c=4, activation="silu", dtype=torch.float64)
+    norm = Changed(PATTERN, lambda m: m.about(0.5), affine="c", c=4, activation="silu", dtype=torch.float64)
     for p in norm.parameters():
         nn.init.normal_(p)
     x, dy = torch.randn(2, *SHAPE, dtype=torch.float64).unbind()
     x.requires_grad_()
-    y = norm(x, moments=moments(x, PATTERN).about(0.5))
+    y = norm(x)
     n, mean, m2 = by_hand(x)
     z = applied(x, n, mean / 2, m2 + n * (mean / 2).square()) * norm.weight[:, None] + norm.bias[:, None]
     leaves = (x, *norm.parameters())
@@ -227,9 +282,10 @@ def test_under_activation_checkpointing(reentrant):
     def f(x):
         return normalize(x.exp(), PATTERN, moments=moments(x.exp(), PATTERN).about(0.5))
 
+    norm = Changed(PATTERN, lambda m: m.about(0.5))
+
     def g(x):
-        z = x.exp()
-        return normalize(z, PATTERN, moments=moments(z, PATTERN).about(0.5))
+        return norm(x.exp())
 
     for h in (f, g):
         (expected,) = torch.autograd.grad(h(x), x, dy)
@@ -244,9 +300,7 @@ def test_labels(joined):
     graph, dy = torch.tensor([0, 2, 2, 0, 1, 2, 0, 2, 1]), torch.randn(9, 4, dtype=torch.float64)
     label = flexnorm.Partition(graph, 3)
     share = torch.rand(4, dtype=torch.float64, requires_grad=True)
-    y = normalize(
-        x, "v c -> graph[v] c", moments=moments(x, "v c -> graph[v] c", graph=label).about(share), graph=label
-    )
+    y = Changed("v c -> graph[v] c", lambda m: m.about(share))(x, graph=label)
     rest = torch.empty_like(x)
     parts = []
     for k in range(3):
@@ -332,13 +386,43 @@ def test_results_may_be_changed_in_place(x, given):
     torch.testing.assert_close(got, expected)
 
 
-def test_a_long_history_of_moments_is_not_searched_for_ever():
-    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
-    m = moments(x, PATTERN)
-    mean = m.mean
-    for _ in range(600):
-        mean = mean * 1.0
-    y = normalize(x, PATTERN, moments=Moments(m.count, mean, m.m2.detach(), m.low))
-    z = normalize(x, PATTERN, moments=Moments(m.count, m.mean, m.m2.detach(), m.low))
-    dy = torch.randn(SHAPE, dtype=torch.float64)
-    close(torch.autograd.grad(y, x, dy, retain_graph=True)[0], torch.autograd.grad(z, x, dy)[0])
+@pytest.mark.parametrize("share", ["c", "b c", "1"])
+@pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (1e-2, 0.0), (0.1, 1e3)])
+def test_a_share_of_the_mean(share, scale, offset):
+    """`center` as a tensor, with a gradient of its own: once in the library, and as a change of moments."""
+    torch.manual_seed(0)
+    shape = {"c": (4,), "b c": (3, 4), "1": (1,)}[share]
+    x = (torch.randn(SHAPE, dtype=torch.float64) * scale + offset).requires_grad_()
+    a, dy = torch.rand(shape, dtype=torch.float64, requires_grad=True), torch.randn(SHAPE, dtype=torch.float64)
+    weight = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    y = normalize(x, PATTERN, center=a, weight=weight, affine="c")
+    n, mean, m2 = by_hand(x)
+    about = (1 - a) * mean
+    z = (x - (a * mean)[..., None]) / (m2 / n + about.square() + 1e-5).sqrt()[..., None] * weight[:, None]
+    size = 1 + offset / scale
+    close(y.detach(), z.detach(), size)
+    for got, want in zip(*(torch.autograd.grad(t, (x, a, weight), dy) for t in (y, z)), strict=True):
+        close(got, want, size**2)
+    m = moments(x, PATTERN).about(a)
+    close(normalize(x, PATTERN, moments=m, weight=weight, affine="c").detach(), z.detach(), size)
+
+
+def test_a_share_of_the_mean_with_a_mask_and_compiled():
+    torch.manual_seed(0)
+    x, a = torch.randn(SHAPE, requires_grad=True), torch.rand(4, requires_grad=True)
+    mask = torch.rand(3, 6) < 0.7
+    f = lambda x, a: normalize(x, "n c t, n t -> n c", mask, center=a)  # noqa: E731
+    y, dy = f(x, a), torch.randn(SHAPE)
+    z = torch.compile(f, fullgraph=True)(x, a)
+    torch.testing.assert_close(z, y)
+    assert not y[~mask[:, None].expand(SHAPE)].any()
+    for got, want in zip(*(torch.autograd.grad(t, (x, a), dy) for t in (z, y)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [torch.rand(6), torch.rand(2, 4), torch.rand(1, 3, 4)])
+def test_a_share_of_a_pooled_axis_is_refused(share):
+    with pytest.raises(flexnorm.ShapeError) as caught:
+        normalize(torch.randn(SHAPE), PATTERN, center=share)
+    assert "over axes of the statistics: it broadcasts to shape (3, 4)" in str(caught.value)
+    assert "^" in str(caught.value)

@@ -5,7 +5,6 @@ import inspect
 import pickle
 import subprocess
 import sys
-import warnings
 import weakref
 
 import oracle
@@ -602,42 +601,6 @@ def test_given_reaches_into_deep_gcn_layers(make, block):
     assert y.std() > 0
 
 
-def test_a_batch_that_is_not_handed_on_is_warned_of_once():
-    made = Batch.from_data_list(three_graphs())
-    model = Deep(GraphNorm)
-    with pytest.warns(UserWarning, match=r"GraphNorm got no batch.*'made' of 3 graphs for the 16 rows.*given") as seen:
-        model(made.x, made.edge_index)
-    assert len(seen) == 2  # by each of the two layers; Python shows one
-    assert seen[0].filename == __file__
-    model(made.x, made.edge_index)
-
-    def forward(x, edge_index, batch):
-        return Deep(GraphNorm)(x, edge_index)
-
-    x, edge_index, ids = made.x, made.edge_index, made.batch
-    del made
-    with pytest.warns(UserWarning, match=r"forward has 'batch' of 3 graphs"):
-        forward(x, edge_index, ids)
-    with pytest.warns(UserWarning, match=r"forward has 'batch' of 3 graphs"):
-        forward(x, edge_index, Partition(ids))
-
-
-def test_nobody_with_one_graph_is_warned():
-    one = KarateClub()[0]
-    batch = Batch.from_data_list(three_graphs())  # of other rows
-    model = Deep(GraphNorm)
-    model.first = nn.Linear(34, 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(one.x, one.edge_index)
-        GraphNorm(34)(Batch.from_data_list([one]).x)
-        with given(batch=torch.zeros(34, dtype=torch.int64)):
-            model(one.x, one.edge_index)
-        graphs.LayerNorm(3, mode="node")(batch.x)
-        NodeGroupNorm(1, 3)(batch.x)
-        graphs.BatchNorm(3)(batch.x)
-
-
 def test_edge_features():
     class Model(nn.Module):
         def __init__(self):
@@ -909,14 +872,6 @@ def test_the_search_for_a_batch_never_raises_and_knows_numbers_of_nodes():
         GraphNorm(4)(x)
         assert batch.shape == x.shape[:1]
     assert type(dead) is weakref.ProxyType
-
-
-def test_a_first_call_of_one_graph_does_not_end_the_search():
-    norm = GraphNorm(4)
-    norm(torch.randn(5, 4))
-    batch = torch.tensor([0, 0, 1, 1, 1, 2])
-    with pytest.warns(UserWarning, match="'batch' of 3 graphs"):
-        norm(torch.randn(batch.numel(), 4))
 
 
 @pytest.mark.parametrize("data", [None, torch.zeros(3, dtype=torch.long)])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from flexnorm import Norm, Partition, ShapeError, SpecError, given, moments, normalize
+from flexnorm import Norm, Partition, ShapeError, SpecError, given, normalize
 from flexnorm.calls.call import Used
 
 MASKED = ("b t (g c), b t -> b g", {"affine": "(g c)", "g": 2, "sizes": {"(g c)": 6}})
@@ -288,13 +288,14 @@ def test_explicit_wins_over_given_and_inner_over_outer():
 
 def test_given_reaches_only_what_reads_it():
     x = torch.randn(4, 3)
-    with given(graph=torch.tensor([0, 0, 1, 1]), mask=torch.ones(7, 7, dtype=torch.bool)):
+    nobody = pytest.warns(UserWarning, match="none of them takes it\n  received: mask=a Tensor of torch.bool, shape")
+    with nobody, given(graph=torch.tensor([0, 0, 1, 1]), mask=torch.ones(7, 7, dtype=torch.bool)):
         assert torch.equal(Norm("v c -> c")(x), normalize(x, "v c -> c"))
         assert torch.equal(
             Norm("v c -> graph[v]")(x), normalize(x, "v c -> graph[v]", graph=torch.tensor([0, 0, 1, 1]))
         )
-    static = Norm("v c -> graph[v]", graph=Partition.from_sizes([1, 3]))
-    with given(graph=torch.tensor([0, 0, 0, 0])):
+    static = Norm("v c -> unheard[v]", unheard=Partition.from_sizes([1, 3]))
+    with pytest.warns(UserWarning, match="unheard"), given(unheard=torch.tensor([0, 0, 0, 0])):
         assert torch.equal(static(x), normalize(x, "v c -> graph[v]", graph=Partition.from_sizes([1, 3])))
 
 
@@ -446,9 +447,7 @@ class HalfCentred(Norm):
 
     tracked = 0
 
-    def used(self, call):
-        own = moments(call.x, "n c t -> n c")
-
+    def used(self, call, own):
         def track():
             self.tracked += 1
 

@@ -1,4 +1,4 @@
-"""One call of a layer: what the user passed, and what is known of its statistics."""
+"""One call: what the user passed, what the kernels are asked for, and what they gave."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..kernels import Whole
 from ..statistics import Moments
-from .arguments import Formula
+from .arguments import Formula, Param
+from .ranks import Ranks
 
+ALONE = Ranks([])
+FIELDS = {"self", "x", "input", "mask", "weight", "bias", "moments", "return_moments", "labels", "running"}
+"""Arguments of a forward that are no names in a call: they have fields of their own, or say how a layer is run."""
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Call(NamedTuple):
-    """One call of a layer.
+    """One call of a layer, or of `normalize`.
 
     `Norm.fit_call` turns the call that a user made into a call that the formula can read.
 
@@ -23,20 +28,42 @@ class Call(NamedTuple):
         formula: the pattern with its options, affine stages and told sizes.
         x: the input.
         mask: bool (membership) or floating (weights), or None.
-        weight, bias: the parameters of the `conditional` stage, or None.
+        stages: weight and bias of every affine stage: the learned ones, then the given ones.
         moments: the statistics to use, or None for the statistics of x.
         names: labels, and what else came by keyword.
         want: the moments are asked for. The running statistics stay as they are.
+        center: the share of the mean that is subtracted, over axes of the statistics. None: the formula says it.
+        wholes: what the sets are parts of: their moments and sums are merged.
+        ranks: the sets go on over these ranks; None: over no others.
     """
 
     formula: Formula
     x: Tensor
     mask: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
+    stages: tuple[Param, ...] = ()
     moments: Moments | None = None
     names: Mapping[str, Any] = NONE
     want: bool = False
+    center: Tensor | None = None
+    wholes: tuple[Whole, ...] = ()
+    ranks: Ranks | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no set goes on over other ranks."""
+        return self.ranks is None or not self.ranks.groups
+
+
+class Result(NamedTuple):
+    """What a call gives.
+
+    Attributes:
+        y: x normalized.
+        moments: the statistics that x was normalized by, if the call wants them.
+    """
+
+    y: Tensor
+    moments: Moments | None = None
 
 
 class Used(NamedTuple):
@@ -50,4 +77,9 @@ class Used(NamedTuple):
 
     moments: Moments
     seen: Moments
-    track: Callable[[], None]
+    track: Callable[[], None] | None = None
+
+
+def named(**names: Any) -> dict[str, Any]:
+    """The names that came with a call. `given` may say the others."""
+    return {name: value for name, value in names.items() if value is not None}

@@ -9,29 +9,14 @@ from torch import Tensor
 
 from ..canonical import memory_order
 from ..errors import SpecError, say
-from ..kernels import Sums
 from ..spec import Spec
 from ..statistics import Moments
 from .arguments import Formula, Options
 
 
-class BothParts:
-    """A `Whole`: real and imaginary part, which lie along the last axis, have means of their own and one variance."""
-
-    def moments(self, part: Moments) -> Moments:
-        return Moments(part.count, part.mean, _total(part.m2), part.low)
-
-    def sums(self, part: Sums) -> Sums:
-        return Sums(part.grad, _total(part.grad_xhat), part.weight, part.bias)
-
-
 def of_both(m: Moments) -> Moments:
     """The moments of complex numbers, of those whose parts have the M2 of both."""
     return Moments(m.count, m.mean, m.m2 / 2, m.low).joined()
-
-
-def _total(t: Tensor) -> Tensor:
-    return t.sum(-1, keepdim=True).expand(*t.shape[:-1], 2)
 
 
 def in_parts(formula: Formula) -> Formula:

@@ -16,6 +16,7 @@ from ..partition import Partition
 from ..spec import Axis, Dots, Element, Group
 from ..statistics import Moments, each
 from .arguments import Formula, Param
+from .call import Call
 from .ranks import Ranks, is_kept
 
 
@@ -102,6 +103,18 @@ class Placed:
             for cut, place, placement in zip(self.cuts, places, placements, strict=True)
         ]
         return t.redistribute(self.mesh, placements).to_local(grad_placements=gradients)
+
+    def here(self, call: Call) -> Call:
+        """The part of a call that lies on this rank."""
+        mask_axes = () if self.spec.mask is None else self.spec.mask.elements
+        return Call(
+            self.formula,
+            self.x.to_local(),
+            self.local(call.mask, mask_axes),
+            tuple(self.params(call.stages)),
+            self.moments(call.moments),
+            self.labels(call.names),
+        )
 
     def labels(self, labels: Mapping[str, Partition]) -> dict[str, Partition]:
         return {

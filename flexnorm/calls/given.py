@@ -1,9 +1,24 @@
-"""`given`: masks and labels for norms nested where nobody passes arguments on."""
+"""`given`: masks, labels and lengths for norms nested where nobody passes arguments on.
+
+Four tricks stand here, and nowhere else.
+
+1. What is given lies in a ContextVar, so that every thread and every task has its own. `torch.compile` knows no
+   ContextVar. It takes an attribute that is looked up in C for one that it may guard and read at every call, so
+   `_Here.state` is a property whose getter is the `get` of the ContextVar.
+2. A block may be closed in another thread than the one that opened it, as web frameworks do with generators, and blocks
+   may be closed out of order. So a block is not undone by its end: it is marked as closed, and a closed block counts
+   for nothing wherever it still stands.
+3. The backward pass of a GPU runs on a thread of its own, which is inside of no block. If one thread alone is inside of
+   blocks, the layers that are computed again in a backward pass take what is given there.
+4. Activation checkpointing computes layers again in the backward pass. A layer that was given something in a
+   checkpointed forward notes it, and raises where it is computed again without.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -20,15 +35,23 @@ from .arguments import Label
 class given:  # noqa: N801  # read as a word: with given(mask=m)
     """Masks and labels for norms nested where nobody passes arguments on, as in `nn.Sequential`.
 
-    Every `Norm` called inside takes the mask, if its pattern has one, and the labels it reads. What is passed
-    explicitly wins, an inner `given` wins over an outer one; what does not fit is an error that names the layer.
+    Every `Norm` called inside takes the mask, if its pattern has one, the labels that it reads, and what its `forward`
+    takes by keyword: `lengths`, `key_padding_mask`, `cu_seqlens`, `batch`. What is passed explicitly wins, an inner
+    `given` wins over an outer one; what does not fit is an error that names the layer.
 
     Args:
         mask: for every norm whose pattern has a mask.
-        **labels: by the names that the patterns give them.
+        **labels: labels by the names that the patterns give them, and other names of arguments of layers.
+
+    Warns:
+        UserWarning: at the end of the block, with the names that no layer inside of the block takes. Layers in a graph
+            that was compiled before run no Python, so a block with no other layers warns of nothing.
 
     Activation checkpointing computes layers again during backward. Call `backward()` inside of the block, or hand on
     what is given: `torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False, context_fn=given.context_fn)`.
+
+    A generator that yields inside of the block leaves the block open while it is suspended: its caller sees what is
+    given, as with every context variable. The block ends when the generator leaves it, in whatever thread that is.
 
     >>> from torch import nn
     >>> from flexnorm import Norm, given
@@ -39,6 +62,7 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
 
     def __init__(self, /, *, mask: Tensor | None = None, **labels: Label) -> None:
         self._values: dict[str, Any] = {**labels, **({} if mask is None else {"mask": mask})}
+        self._blocks: list[_Block] = []
         # A number that a compiler comes upon outside of the arguments it takes for a constant, and a size it does not.
         self._counts = {
             name: torch.empty((value.count, 0)) for name, value in self._values.items() if isinstance(value, Partition)
@@ -55,26 +79,63 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
 
     def __enter__(self) -> given:
         before = _HERE.state
-        values, counts = ({}, {}) if before is _HERE else before[1:]
+        values, counts = ({}, {}) if before is _HERE else before[1:3]
         values = {**values, **self._values}
         counts = {name: count for name, count in counts.items() if name not in self._values}
-        _HERE.state = (before, values, {**counts, **self._counts})
+        block = None
         if not is_dynamo_compiling():
-            _OPEN.setdefault(threading.get_ident(), []).append(values)
+            block = _Block(self._values)
+            self._blocks.append(block)
+            _OPEN.setdefault(block.thread, []).append(block)
+        _HERE.state = (before, values, {**counts, **self._counts}, block)
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        _HERE.state = _HERE.state[0]
-        if not is_dynamo_compiling():
-            thread = threading.get_ident()
-            _OPEN[thread].pop()
-            if not _OPEN[thread]:
-                del _OPEN[thread]
+    def __exit__(self, kind: object, *exc: object) -> None:
+        if is_dynamo_compiling():
+            _HERE.state = _HERE.state[0]
+            return
+        block = self._closed()
+        state = _HERE.state
+        while state is not _HERE and _is_closed(state):
+            state = state[0]
+        _HERE.state = state
+        if kind is None:
+            block.warn()
+
+    def _closed(self) -> _Block:
+        """Closes the block that this thread opened last, or else the last one."""
+        thread = threading.get_ident()
+        block = next((b for b in reversed(self._blocks) if b.thread == thread), self._blocks[-1])
+        self._blocks.remove(block)
+        block.is_open = False
+        _OPEN[block.thread].remove(block)
+        if not _OPEN[block.thread]:
+            del _OPEN[block.thread]
+        return block
 
     @staticmethod
     def context_fn() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """For `torch.utils.checkpoint.checkpoint`: nothing for forward, and for its repetition what is given now."""
-        return nullcontext(), given(**_values())
+        return nullcontext(), given(**given_here())
+
+
+class _Block:
+    """One time that a `given` was entered."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values, self.thread, self.is_open = values, threading.get_ident(), True
+        self.left = set(values)  # the names that no layer has taken yet
+        self.ran = False  # a layer ran inside of the block
+
+    def warn(self) -> None:
+        left = [name for name in self.values if name in self.left and name not in _TRACED]
+        if self.ran and left:
+            said = say(
+                "what is given is for the layers inside of the block, and none of them takes it",
+                received=", ".join(f"{name}={shown(self.values[name])}" for name in left),
+                instead="the names that the layers have for it: print(layer), help(type(layer).forward)",
+            )
+            warnings.warn(said, stacklevel=3)
 
 
 def something_given() -> bool:
@@ -83,39 +144,99 @@ def something_given() -> bool:
 
 
 def given_here() -> Mapping[str, Any]:
-    """What is given where this is called.
+    """What is given where this is called."""
+    if is_dynamo_compiling():
+        return _values()
+    blocks = _blocks()
+    return {name: value for block in blocks for name, value in block.values.items()} if blocks else _values()
 
-    A backward pass of a GPU runs on a thread of its own, which knows nothing of the `with` block that `backward()` was
-    called in. If one thread alone is inside of such blocks, it is that one.
-    """
-    values = _values()
-    if not values and not is_dynamo_compiling() and len(_OPEN) == 1 and torch._C._current_graph_task_id() != -1:
-        return next(iter(_OPEN.values()))[-1]
-    return values
+
+def takes(names: Iterable[str]) -> None:
+    """Notes that a layer with arguments of these names has run inside of the open blocks, or was traced."""
+    if is_dynamo_compiling():
+        _note_traced(tuple(names))
+        return
+    for block in _blocks():
+        block.ran = True
+        block.left.difference_update(names)
+
+
+def check_recomputation(layer: Any, given_now: bool) -> None:
+    """Raises where activation checkpointing computes a layer again, and what was given in the forward pass is gone."""
+    if is_dynamo_compiling():
+        return
+    own, hooks = layer.__dict__, _checkpoint_hooks()
+    if torch._C._current_graph_task_id() == -1:
+        # A checkpointed forward saves its tensors by hooks, or (use_reentrant=True) runs without gradients.
+        kind = "hooks" if hooks else "" if torch.is_grad_enabled() else "reentrant"
+        kind = kind if given_now else ""
+        if own["_was_given"] != kind:
+            own["_was_given"] = kind
+    elif own["_was_given"] and not given_now and torch.is_grad_enabled() and (hooks or own["_was_given"] != "hooks"):
+        raise RuntimeError(
+            say(
+                "this layer is computed again by activation checkpointing, and what was given is gone",
+                received=f"{layer}, outside of given(...)",
+                instead="checkpoint(..., context_fn=given.context_fn), or backward() inside of the with block",
+            )
+        )
+
+
+def _checkpoint_hooks() -> bool:
+    """Whether `torch.utils.checkpoint` watches what is saved here."""
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"
 
 
 _GIVEN: ContextVar[Any] = ContextVar("flexnorm.given")
 
 
 class _Here:
-    """What was before, what is given now, and the counts of Partitions; the object itself where nothing is given.
-
-    `torch.compile` knows no ContextVar, and takes an attribute that is looked up in C for one that it may guard and
-    read anew at every call. So the attribute is the variable: right for every thread and task.
-    """
+    """What was before, what is given now, the counts of Partitions, and the block; the object itself at first."""
 
     state = property(_GIVEN.get, lambda _, state: _GIVEN.set(state) and None)  # `get` returns its argument if not set
 
 
 _HERE: Any = _Here()
-_OPEN: dict[int, list[Mapping[str, Any]]] = {}  # of every thread inside of a block
+_OPEN: dict[int, list[_Block]] = {}  # of every thread inside of a block
+_TRACED: set[str] = set()  # names that a layer in a compiled graph takes
+
+
+def _is_closed(state: Any) -> bool:
+    return state[3] is not None and not state[3].is_open
+
+
+def _states() -> Iterator[Any]:
+    """The blocks around, the inner ones first."""
+    state = _HERE.state
+    while state is not _HERE:
+        yield state
+        state = state[0]
+
+
+def _blocks() -> list[_Block]:
+    """The open blocks around, the outer ones first."""
+    found = [state[3] for state in _states() if state[3] is not None and state[3].is_open][::-1]
+    if not found and len(_OPEN) == 1 and torch._C._current_graph_task_id() != -1:
+        return list(next(iter(_OPEN.values())))
+    return found
 
 
 def _values() -> Mapping[str, Any]:
+    """What is given, as a compiler reads it."""
     state = _HERE.state
+    while state is not _HERE and _is_closed(state):
+        state = state[0]
     if state is _HERE:
         return {}
     values: dict[str, Any] = state[1]
     if is_dynamo_compiling():
         return {**values, **{name: Partition._made(values[name].ids, len(count)) for name, count in state[2].items()}}
     return values
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_traced(names: tuple[str, ...]) -> bool:
+    """Runs where a graph is traced."""
+    _TRACED.update(names)
+    return True

@@ -81,15 +81,6 @@ class Bound(NamedTuple):
         given = (self.pattern, *operands, self.groups, m.count, m.mean, m.m2, m.low, dy, *both)
         return cast("tuple[Tensor, Tensor | None]", _answer(_KERNELS.backward_dx(*given)))
 
-    def same_sets(self, other: Any, x: Tensor) -> bool:
-        """Whether these are the sets of the other call with the same x."""
-        if not isinstance(other, Bound):
-            return False
-        a, b, read = self.formula.spec, other.formula.spec, _KERNELS.sizes
-        if a.x != b.x or a.sets != b.sets or read(self.pattern, x) != read(other.pattern, x):
-            return False
-        return all(self.labels.get(each.label) is other.labels.get(each.label) for each in a.sets.lookups())
-
     def composed(self, operands: Operands) -> Composed:
         """The same in operations that can be differentiated again."""
         params = [operands[2:]] if self.formula.affines else []
@@ -141,9 +132,6 @@ class Composed(NamedTuple):
             grad, grad_xhat = (self.sets.inward(t.expand(self.sets.shape)) for t in sums[:2])
             sums = Sums(grad, grad_xhat, None, None)
         return self.room.backward_dx(self.recipe, operands, self._inward(m), dy, sums)
-
-    def same_sets(self, other: Any, x: Tensor) -> bool:
-        return isinstance(other, Composed) and self.sets.same(other.sets)
 
     def composed(self, operands: Operands) -> Composed:
         return Composed(self.recipe, cast(Room, aten))
@@ -260,118 +248,215 @@ class Normalize(torch.autograd.Function):
         return (None, None, None, None, sums.weight, sums.bias)
 
 
-class OfWhole(torch.autograd.Function):
-    """y and the moments of sets of which a part lies in x: what is merged comes between the passes."""
+class OneVariance:
+    """A `Whole`: the sets along the last axis have means of their own and one variance, the sum of theirs.
+
+    Real and imaginary part of complex numbers are such sets, and the channels of PairNorm.
+    """
+
+    def moments(self, part: Moments) -> Moments:
+        return Moments(part.count, part.mean, _total(part.m2), part.low)
+
+    def sums(self, part: Sums) -> Sums:
+        return Sums(part.grad, _total(part.grad_xhat), part.weight, part.bias)
+
+
+def _total(t: Tensor) -> Tensor:
+    return t.sum(-1, keepdim=True).expand(t.shape)
+
+
+def is_share(share: Tensor, mean: Tensor) -> bool:
+    """Whether it lies over axes of the statistics."""
+    sizes = zip(share.shape[::-1], mean.shape[::-1], strict=False)
+    return share.dim() <= mean.dim() and all(size in (1, of_sets) for size, of_sets in sizes)
+
+
+class Step(NamedTuple):
+    """The step over sets: what is done with moments between the passes over x, and with sums on the way back.
+
+    Forward, the moments are merged with the other parts of their sets. Then a share a of the mean m takes its place:
+
+        y = (x - a m) / s            s^2 = var + (1 - a)^2 m^2 + eps
+
+    Backward, with G = sum of g and Gy = sum of g y over a set of n elements:
+
+        dx = (g - (a / n) (G - Gy (1 - a) m / s) - y Gy / n) / s
+        da = (Gy (1 - a) m / s - G) m / s
+
+    Source: Cai et al., "GraphNorm: A Principled Approach to Accelerating Graph Neural Network Training", 2020.
+
+    Args:
+        wholes: the merges, in order.
+        needed: any rank needs the gradient of x.
+    """
+
+    wholes: Sequence[Whole] = ()
+    needed: bool = True
+
+    def merged(self, part: Moments) -> Moments:
+        """The moments of the whole sets."""
+        for whole in self.wholes:
+            part = whole.moments(part)
+        return part
+
+    def back(
+        self, rule: Any, own: Moments, used: Moments, share: Tensor | None, sums: Sums
+    ) -> tuple[Sums, Tensor | None]:
+        """The sums of the whole sets, as `backward_dx` takes them, and the gradient of the share."""
+        dshare = None
+        if share is not None:
+            scaled = own.mean * aten.inverse_sigma(rule, used)
+            rest = sums.grad_xhat * (1 - share) * scaled - sums.grad
+            dshare = (rest * scaled).sum_to_size(share.shape)
+            sums = Sums(-share * rest, sums.grad_xhat, sums.weight, sums.bias)
+        for whole in self.wholes if self.needed else ():
+            sums = whole.sums(sums)
+        return sums, dshare
+
+
+class Stepped(torch.autograd.Function):
+    """y, and the moments of x, with a step over sets between the two passes over x."""
 
     @staticmethod
     def forward(
-        ctx: Any, how: tuple[Recipe, Room, Sequence[Whole], bool], *operands: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        recipe, room, wholes, _ = ctx.how = how
-        given = Operands(*operands)  # type: ignore[arg-type]
-        m = merged(recipe, room.statistics(recipe, given), wholes)
-        fields = (m.count, m.mean, m.m2, *([] if m.low is None else [m.low]))
-        ctx.save_for_backward(*operands, *fields)
-        ctx.mark_non_differentiable(*fields)
-        return itself(room.apply(recipe, given, m)), *fields
+        ctx: Any,
+        how: How,
+        step: Step,
+        share: Tensor | None,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        own = step.merged(how.statistics(x, mask))
+        if share is not None and not is_share(share, own.mean):
+            raise Closer
+        used = own if share is None else own.about(share)
+        fields = (own.count, own.mean, own.m2, own.low)
+        ctx.how, ctx.step = how, step
+        ctx.save_for_backward(share, x, mask, weight, bias, *fields)
+        ctx.mark_non_differentiable(*(t for t in fields if t is not None))
+        return itself(how.apply(Operands(x, mask, weight, bias), used)), *fields
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        recipe, room, wholes, needed = ctx.how
-        saved = ctx.saved_tensors
-        operands, m = Operands(*saved[:4]), Moments(*saved[4:])
-        if torch.is_grad_enabled() or seen_through((dy, saved[0])):  # differentiated again: by the composition
-            room, m = aten, merged(recipe, aten.statistics(recipe, operands), wholes)
-        sums = room.backward_sums(recipe, operands, m, dy)
-        if not needed:
-            return (None, None, None, sums.weight, sums.bias)
-        for whole in wholes:  # on every rank, if any needs it
-            sums = whole.sums(sums)
-        return (None, *room.backward_dx(recipe, operands, m, dy, sums), sums.weight, sums.bias)
-
-
-def merged(recipe: Recipe, m: Moments, wholes: Sequence[Whole]) -> Moments:
-    """The moments of the whole sets, in the internal shape."""
-    m = expanded(recipe, m)
-    for whole in wholes:
-        m = whole.moments(m)
-    return m
-
-
-def expanded(recipe: Recipe, m: Moments) -> Moments:
-    """The moments in the internal shape, without axes to be broadcast."""
-    return each(lambda t: t.expand(recipe.sets.internal_shape), m)
+        share, x, mask, weight, bias, *fields = ctx.saved_tensors
+        how, step, operands, own = ctx.how, ctx.step, Operands(x, mask, weight, bias), Moments(*fields)
+        if torch.is_grad_enabled() or seen_through((dy, x)):  # differentiated again: of moments that depend on x
+            how = how.composed(operands)
+            own = step.merged(how.statistics(x, mask))
+        used = own if share is None else own.about(share)
+        try:
+            sums = how.backward_sums(operands, used, dy)
+        except Closer:
+            how = how.composed(operands)
+            sums = how.backward_sums(operands, used, dy)
+        whole, dshare = step.back(how.options, own, used, share, sums)
+        if not step.needed:
+            return None, None, dshare, None, None, sums.weight, sums.bias
+        try:
+            dx, dmask = how.backward_dx(operands, used, dy, whole)
+        except Closer:
+            dx, dmask = how.composed(operands).backward_dx(operands, used, dy, whole)
+        return None, None, dshare, dx, dmask, sums.weight, sums.bias
 
 
 class Statistics(torch.autograd.Function):
-    """The moments of x. Saves x, a mask, and the moments."""
+    """The moments of x; and for a partner, which normalizes x by moments made of these, x and a place for its answer.
+
+    `Apply` takes x and the place from here, and answers in its backward pass: "the gradient of x" is dy, and "the
+    gradient of the place" is the moments that x was normalized by. This backward pass then knows all, and reads x once.
+    Whatever lies between the two Functions is ordinary autograd, and no state outlives a pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, how: How, x: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any,
+        how: How,
+        partner: bool,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         m = how.statistics(x, mask)
-        ctx.how, ctx.mask, ctx.waiting = how, mask, {}
         fields = (m.count, m.mean, m.m2, m.low)
-        ctx.save_for_backward(x, mask, *fields)
+        ctx.how = how
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mask, weight, bias, *fields)
         ctx.mark_non_differentiable(*(t for t in (m.count, m.low) if t is not None))
-        return fields
+        if not partner:
+            return fields
+        place = m.mean.new_empty(()).expand(4, *m.mean.shape)
+        return *fields, x.detach(), place
 
     @staticmethod
-    def backward(ctx: Any, _: Any, dmean: Tensor, dm2: Tensor, *__: Any) -> tuple[Tensor | None, ...]:
-        x, mask, *fields = ctx.saved_tensors
-        how, operands = ctx.how, Operands(x, mask)
-        task = torch._C._current_graph_task_id()
-        own = [key for key in list(ctx.waiting) if key[0] == task]  # other threads may be at other passes
-        first, *others = [ctx.waiting.pop(key) for key in own] or [None]
+    def backward(
+        ctx: Any,
+        _: None,
+        dmean: Tensor | None,
+        dm2: Tensor | None,
+        __: None,
+        dy: Tensor | None = None,
+        answer: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        operands, own = Operands(*saved[:4]), Moments(*saved[4:])
+        dx = dy
+        if answer is not None:
+            assert dy is not None
+            dx = Statistics._of_partner(ctx.how, operands, own, (dmean, dm2), dy, answer)
+        elif dmean is not None or dm2 is not None:
+            dmean, dm2 = (torch.zeros_like(own.mean) if d is None else d for d in (dmean, dm2))
+            dx = Statistics._of_moments(ctx.how, operands, own, dmean, dm2)
+            dx = dx if dy is None else dx + dy
+        return None, None, dx, None, None, None
+
+    @staticmethod
+    def _of_moments(how: How, operands: Operands, own: Moments, dmean: Tensor, dm2: Tensor) -> Tensor:
+        x, mask, *_ = operands
         if torch.is_grad_enabled() or seen_through((dmean, dm2, x)):  # differentiated again: by the composition
             with torch.enable_grad():
                 m = how.composed(operands).statistics(x, mask)
-                dx = torch.autograd.grad((m.mean, m.m2), (x,), (dmean, dm2), create_graph=True)[0]
-            others = [w for w in (first, *others) if w is not None]
-        elif first is None:
-            sums = aten.backward_statistics(how.options, Moments(*fields), dmean, dm2)
-            dx = how.backward_dx(operands, Moments(*fields), None, sums)[0]
-        else:
-            sums = aten.backward_statistics(first.how.options, first.moments, dmean, dm2, Moments(*fields))
-            dx = first.dx(sums)
-        for w in others:
-            dx = dx + w.dx(None)
-        return None, dx, None
+                return torch.autograd.grad((m.mean, m.m2), (x,), (dmean, dm2), create_graph=True)[0]
+        sums = aten.backward_statistics(how.options, own, dmean, dm2)
+        plain = Operands(x, mask)
+        try:
+            return how.backward_dx(plain, own, None, sums)[0]
+        except Closer:
+            return how.composed(operands).backward_dx(operands, own, None, sums)[0]
+
+    @staticmethod
+    def _of_partner(
+        how: How,
+        operands: Operands,
+        own: Moments,
+        gradients: tuple[Tensor | None, Tensor | None],
+        dy: Tensor,
+        answer: Tensor,
+    ) -> Tensor:
+        count, mean, m2, low = answer.unbind()
+        used, sums = Moments(count, mean, m2, low), None
+        if any(d is not None for d in gradients):
+            dmean, dm2 = (torch.zeros_like(own.mean) if d is None else d for d in gradients)
+            sums = aten.backward_statistics(how.options, used, dmean, dm2, own)
+        try:
+            return how.backward_dx(operands, used, dy, sums)[0]
+        except Closer:
+            return how.composed(operands).backward_dx(operands, used, dy, sums)[0]
 
 
-class _Waiting(NamedTuple):
-    """A gradient of x that is left to `Statistics.backward`, which then goes over x once, and not twice."""
+class Link(NamedTuple):
+    """What `Statistics` gives to `Apply`: x, and the place for its answer."""
 
-    how: How
-    operands: Operands
-    moments: Moments
-    dy: Tensor
-
-    def dx(self, sums: Sums | None) -> Tensor:
-        return self.how.backward_dx(self.operands, self.moments, self.dy, sums)[0]
+    x: Tensor
+    place: Tensor
 
 
-def statistics_behind(how: How, operands: Operands, external: Moments) -> Any:
-    """The node of `Statistics` from which these moments were made, if it is one of the same sets of the same x.
-
-    Its gradient of x goes where that of `Apply` goes, and after it: so one may take the other along. None, if there is
-    no such node near.
-    """
-    x, mask, o = operands.x, operands.mask, how.options
-    if not x.requires_grad or o.eps == 0 or not o.center or not o.scale:
-        return None
-    edge = tuple(torch.autograd.graph.get_gradient_edge(x))[:2]
-    nodes = [t.grad_fn for t in (external.mean, external.m2) if t.grad_fn is not None]
-    seen, kind = set(nodes), cast(Any, Statistics)._backward_cls
-    while nodes and len(seen) < 512:
-        node: Any = nodes.pop()
-        if isinstance(node, kind):
-            if node.mask is mask and node.next_functions[0] == edge and node.how.same_sets(how, x):
-                return node
-            continue
-        new = {after for after, _ in node.next_functions if after is not None and after not in seen}
-        seen |= new
-        nodes.extend(new)
-    return None
+def has_partner(options: Any, x: Tensor, mask: Tensor | None) -> bool:
+    """Whether one pass over x can serve the gradients of both: of x by its own moments, and by the changed ones."""
+    sums = options.center and options.scale and options.eps != 0
+    return sums and x.requires_grad and not (mask is not None and mask.requires_grad)
 
 
 class Apply(torch.autograd.Function):
@@ -380,15 +465,20 @@ class Apply(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        how: tuple[How, Any],
+        how: How,
         x: Tensor,
         mask: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        *fields: Tensor | None,
+        count: Tensor,
+        mean: Tensor,
+        m2: Tensor,
+        low: Tensor | None,
+        place: Tensor | None,
     ) -> Tensor:
-        y = itself(how[0].apply(Operands(x, mask, weight, bias), Moments(*fields)))  # type: ignore[arg-type]
-        ctx.how = how
+        fields = (count, mean, m2, low)
+        y = itself(how.apply(Operands(x, mask, weight, bias), Moments(*fields)))
+        ctx.how, ctx.partner = how, place is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mask, weight, bias, *fields)
         return y
@@ -396,87 +486,38 @@ class Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
-        how, behind = ctx.how
+            return (None,) * 10
         saved = ctx.saved_tensors
         operands, moments = Operands(*saved[:4]), Moments(*saved[4:])
         if torch.is_grad_enabled() or seen_through((*saved, dy)):
-            return Apply._gradients(ctx, how.composed(operands), None, operands, moments, dy)
+            return Apply._gradients(ctx, ctx.how.composed(operands), False, operands, moments, dy)
         try:
-            return Apply._gradients(ctx, how, behind, operands, moments, dy)
+            return Apply._gradients(ctx, ctx.how, ctx.partner, operands, moments, dy)
         except Closer:
-            return Apply._gradients(ctx, how.composed(operands), None, operands, moments, dy)
+            return Apply._gradients(ctx, ctx.how.composed(operands), False, operands, moments, dy)
 
     @staticmethod
     def _gradients(
-        ctx: Any, how: How, behind: Any, operands: Operands, moments: Moments, dy: Tensor
+        ctx: Any, how: How, partner: bool, operands: Operands, moments: Moments, dy: Tensor
     ) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad
         sums = Sums(*[None] * 4)  # type: ignore[arg-type]
-        if any(needs[3:]):
+        if any(needs[3:9]):
             sums = how.backward_sums(operands, moments, dy)
-        dx = None
-        if behind is not None:
-            # A pass that computes the gradient of x runs this node. Another pass would leave a tensor behind.
-            if torch._C._will_engine_execute_node(behind):
-                task = torch._C._current_graph_task_id()
-                behind.waiting[task, id(ctx)] = _Waiting(how, operands, each(Tensor.detach, moments), dy)
+        dx = answer = None
+        if partner:
+            dx = dy
+            answer = torch.stack([t.to(moments.mean.dtype) for t in moments._fields])
         elif needs[1]:
             dx = how.backward_dx(operands, moments, dy, None)[0]
-        of_moments = aten.backward_moments(how.options, moments, sums) if any(needs[5:]) else (None, None, None)
-        return (None, dx, None, sums.weight, sums.bias, *of_moments, None)
-
-
-class Share(torch.autograd.Function):
-    """Subtracts a share of the mean, and divides by the root mean square of what is left.
-
-    With share a, mean m, G = sum of g and Gy = sum of g * y over a set of n elements:
-
-        y = (x - a m) / s            s^2 = var + (1 - a)^2 m^2 + eps
-        dx = (g - (a / n) (G - Gy (1 - a) m / s) - y Gy / n) / s
-        da = (Gy (1 - a) m / s - G) m / s
-
-    Source: Cai et al., "GraphNorm: A Principled Approach to Accelerating Graph Neural Network Training", 2020.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, how: Bound, x: Tensor, share: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        own = how.statistics(x, None)
-        y = how.apply(Operands(x, None, weight, bias), own.about(share))
-        ctx.how = how
-        ctx.save_for_backward(x, share, weight, bias, own.count, own.mean, own.m2, own.low)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, share, weight, bias, *fields = ctx.saved_tensors
-        how, operands = ctx.how, Operands(x, None, weight, bias)
-        if torch.is_grad_enabled() or seen_through((dy, x)):  # differentiated again: by the composition
-            with torch.enable_grad():
-                # Each by a name of its own: one may lie behind another, as where a layer is applied twice.
-                x, share = x.view_as(x), share.view_as(share)
-                weight, bias = (None if t is None else t.view_as(t) for t in (weight, bias))
-                operands = Operands(x, None, weight, bias)
-                composed = how.composed(operands)
-                y = composed.apply(operands, composed.statistics(x, None).about(share))
-                given = [t for t in (x, share, weight, bias) if t is not None and t.requires_grad]
-                found = iter(torch.autograd.grad(y, given, dy, create_graph=True))
-            needed = ((t is not None and t.requires_grad) for t in (x, share, weight, bias))
-            return (None, *(next(found) if needs else None for needs in needed))
-        own = Moments(*fields)
-        about = own.about(share)
-        sums = how.backward_sums(operands, about, dy)
-        rate = aten.inverse_sigma(how.options, about)
-        scaled = own.mean * rate
-        rest = sums.grad_xhat * (1 - share) * scaled - sums.grad
-        dx = how.backward_dx(operands, about, dy, Sums(-share * rest, sums.grad_xhat, None, None))[0]
-        return None, dx, (rest * scaled).sum_to_size(share.shape), sums.weight, sums.bias
+        of_moments = aten.backward_moments(how.options, moments, sums) if any(needs[5:9]) else (None, None, None)
+        return (None, dx, None, sums.weight, sums.bias, *of_moments, None, answer)
 
 
 # These go to C at once. `Function.apply` first asks in Python for torch.func, which takes 5 us. Callers have asked.
 normalized = super(torch.autograd.Function, Normalize).apply
 measured = super(torch.autograd.Function, Statistics).apply
 applied = super(torch.autograd.Function, Apply).apply
-shared = super(torch.autograd.Function, Share).apply
+stepped = super(torch.autograd.Function, Stepped).apply
 # A node calls `apply` of its class, which looks for a `vjp` in Python. This one is the backward itself.
 cast(Any, Normalize)._backward_cls.apply = Normalize.backward

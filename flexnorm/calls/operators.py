@@ -69,10 +69,11 @@ def called_moments(
     sizes: Mapping[str, int] | None,
     labels: Mapping[str, Label] | None,
     names: Mapping[str, int | Label],
+    affine: str | None = None,
 ) -> Moments:
-    """`functional.moments`, likewise."""
+    """`functional.moments`, likewise; `affine` may read labels too."""
     told = _told({"sizes": sizes or {}, "labels": labels or {}, "names": names})
-    return _moments(x, mask, repr((pattern, (), (True, True, None))), told)
+    return _moments(x, mask, repr((pattern, () if affine is None else (affine,), (True, True, None))), told)
 
 
 def run(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ class Ranks:
     all compute alike, as of DTensors.
     """
 
-    def __init__(self, groups: Iterable[Any], *, replicated: bool = False) -> None:
+    def __init__(self, groups: Iterable[Any], *, replicated: bool = False, agreeing: Iterable[Any] = ()) -> None:
         self.replicated = replicated
         self.groups = [group for group in groups if group.size() > 1]
-        self._agreed = not self.groups
+        self.agreeing = list(agreeing)  # these agree on the call, and sets do not go on over them
+        self._agreed = not (self.groups or self.agreeing)
 
     def __enter__(self) -> Ranks:
         return self
@@ -35,7 +37,7 @@ class Ranks:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is not None and not self._agreed:
             self._agreed = True
-            collectives.agree(self.groups, "", differentiated=False, needed=False, error=error)
+            collectives.agree([*self.groups, *self.agreeing], "", differentiated=False, needed=False, error=error)
         assert self._agreed, "a rank that never agrees leaves the others waiting, if one of them fails"
 
     def agree(self, recipe: Recipe, dtype: torch.dtype, *, differentiated: bool, needed: bool) -> bool:
@@ -50,7 +52,7 @@ class Ranks:
         if self._agreed:
             return needed
         self._agreed = True
-        return collectives.agree(self.groups, what, differentiated=differentiated, needed=needed)
+        return collectives.agree([*self.groups, *self.agreeing], what, differentiated=differentiated, needed=needed)
 
     def moments(self, part: Moments) -> Moments:
         for group in self.groups:
@@ -62,6 +64,20 @@ class Ranks:
         for group in self.groups:
             both = collectives.add(both, group)
         return Sums(both[0], both[1], part.weight, part.bias)
+
+
+_inquiries = 0  # while a model is explained, its layers ask no other rank
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within, every layer computes with its own part of the data."""
+    global _inquiries
+    _inquiries += 1
+    try:
+        yield
+    finally:
+        _inquiries -= 1
 
 
 class Sharding:
@@ -132,6 +148,8 @@ class Sharding:
 
     def ranks(self, training: bool = True) -> Ranks:
         """Those of this call; none if no set goes on elsewhere."""
+        if _inquiries:
+            return Ranks([])
         if self._left_out:
             raise RuntimeError(
                 say(

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls.arguments import as_partition
+from ..calls.arguments import Label, as_partition
+from ..calls.call import Call
 from ..calls.ranks import is_dtensor
-from ..errors import ShapeError, SpecError
+from ..errors import ShapeError, SpecError, say, shown
 from ..partition import Partition, readable
-from ..spec import Expr, Lookup
+from ..spec import Expr, Lookup, Spec
 
 
 class StaticLabels(Mapping[str, Partition]):
@@ -153,3 +154,53 @@ def _kept(partition: Partition, device: torch.device) -> Partition:
         return partition
     with torch.inference_mode(False):  # ids are saved for backward
         return Partition._made(ids.to(device) if away else ids.clone(), partition.count)
+
+
+def given_once(spec: Spec, names: Mapping[str, Label], labels: Mapping[str, Label]) -> dict[str, Label]:
+    """The labels of a call, as keywords and in `labels=`."""
+    for name in names:
+        if name in labels:
+            received, instead = f"{name}={shown(names[name])}, and again in labels=", "leave one out"
+            raise SpecError(say(f"{name!r} is given once", text=spec.text, received=received, instead=instead))
+    return {**names, **labels}
+
+
+def read_labels(
+    call: Call,
+    spec: Spec,
+    lookups: Mapping[str, tuple[Expr, Lookup]],
+    static: StaticLabels,
+    counts: Mapping[str, int],
+) -> dict[str, Partition]:
+    """The labels of a fitted call, static ones included.
+
+    Args:
+        spec: the pattern of the layer.
+        lookups: where the layer reads each label.
+        counts: the numbers of values that were told when the layer was built.
+    """
+    found = static.beside(call.x) if static.held else {}
+    read = call.formula.lookups
+    for name, value in call.names.items():
+        if name in static or not (name in lookups or name in read):
+            raise _refused(spec, lookups, static, name, value)
+        found[name] = as_partition(*(lookups.get(name) or read[name]), value, counts.get(name))
+    return found
+
+
+def _refused(
+    spec: Spec, lookups: Mapping[str, tuple[Expr, Lookup]], static: StaticLabels, name: str, value: object
+) -> SpecError:
+    known = name in static
+    return SpecError(
+        say(
+            f"{name!r} is a static label of this layer" if known else f"{name!r} is no label of this layer",
+            text=spec.text,
+            received=f"{name}={shown(value)}",
+            instead=f"Norm(..., {name}={shown(value)}): sizes of axes are told when the layer is built"
+            if any(axis.name == name for axis in spec.x.axes())
+            else f"build the layer without {name}= to give it at every call"
+            if known
+            else f"one of: {', '.join(n for n in lookups if n not in static) or 'none'}",
+        )
+    )

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..calls.ranks import Sharding
 from .norm import Norm
+from .running import RunningStatistics
 
 __all__ = ["SyncBatchNorm"]
 
@@ -46,7 +47,7 @@ class SyncBatchNorm(Norm, _BatchNorm):
     Source: `torch.nn.SyncBatchNorm`; Ioffe and Szegedy, "Batch Normalization", 2015.
     """
 
-    _evaluates_unseen = True
+    running_statistics = RunningStatistics(unseen=True)
 
     def __init__(
         self,
@@ -78,6 +79,6 @@ class SyncBatchNorm(Norm, _BatchNorm):
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]  # torch's name
         """Normalizes x, (N, C, *spatial)."""
         one = isinstance(input, Tensor) and input.dim() > 1 and input.numel() == input.shape[1]
-        if one and self.training and not self._ranks().groups:
+        if one and self.training and not self.ranks().groups:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
         return Norm.forward(self, input)

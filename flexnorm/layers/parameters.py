@@ -1,0 +1,83 @@
+"""Weight and bias of a layer: their shape, and the ones that come with a call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ..axes import solve
+from ..calls.arguments import Param
+from ..errors import SpecError, say
+from ..spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
+
+
+def fixed_shape(
+    spec: Spec,
+    expr: Expr,
+    what: str,
+    sizes: Mapping[str, int],
+    counts: Mapping[str, int],
+    lookups: Mapping[str, tuple[Expr, Lookup]],
+) -> tuple[int, ...]:
+    """The shape of a tensor over these axes, from what is told when a layer is built."""
+    known: dict[Atom, int] = {Axis(name): size for name, size in solve(spec, sizes).items()}
+    known.update((lookup, counts[name]) for name, (_, lookup) in lookups.items() if name in counts)
+    for atom in expr.atoms():
+        if atom in known:
+            continue
+        if not isinstance(atom, (Axis, Lookup)):
+            rule, instead = (
+                f"{what} have a fixed shape: their axes have names",
+                "names for these axes, and their sizes",
+            )
+            raise SpecError(expr.error(rule, atom, instead=instead))
+        name = atom.name if isinstance(atom, Axis) else atom.label
+        kind, where = ("size of axis", "sizes") if isinstance(atom, Axis) else ("number of values of label", "labels")
+        told = {**sizes, **counts}
+        if what == "running statistics" and atom == next(iter(spec.x.atoms()), None):
+            pooled = " ".join(str(e) for e in expr.elements if e != atom)
+            rule = f"running statistics outlive a batch, and these sets are apart along {atom}, which comes with it"
+            instead = f'"{spec.x} -> {pooled}"; sizes={{"{atom}": 8}}, if {atom} is not the batch'
+            raise SpecError(expr.error(rule, atom, received=str(spec), instead=instead))
+        holds = (str(e) for e in spec.x.elements if isinstance(e, Group) and atom in e.atoms)
+        composed = next((f', or the size of all: sizes={{"{group}": 64}}' for group in holds), "")
+        raise SpecError(
+            expr.error(
+                f"{what} need the {kind} {name!r} when the layer is built",
+                atom,
+                received=", ".join(f"{k}={v}" for k, v in told.items()) or "no sizes",
+                instead=keyword(name, 8, where) + composed,
+            )
+        )
+    return tuple(
+        math.prod(known[atom] for atom in (element.atoms if isinstance(element, Group) else (element,)))
+        for element in expr.elements
+    )
+
+
+def with_given(
+    spec: Spec, conditional: Expr | None, learned: tuple[Param, ...], given: Sequence[Param]
+) -> tuple[Param, ...]:
+    """The learned stages, then the stage that comes with a call."""
+    weight, bias = given[0] if given else (None, None)
+    if conditional is None:
+        if weight is not None or bias is not None:
+            raise SpecError(
+                say(
+                    "weight and bias are given at the call to a layer that was built for them",
+                    text=spec.text,
+                    received="weight" if bias is None else "bias" if weight is None else "weight and bias",
+                    instead='Norm(..., conditional="b c"), with the axes of weight and bias',
+                )
+            )
+        return learned
+    if weight is None and bias is None:
+        raise SpecError(
+            conditional.error(
+                "a conditional layer is called with weight, bias, or both",
+                *conditional.elements,
+                received="neither",
+                instead="norm(x, weight=w, bias=b)",
+            )
+        )
+    return (*learned, (weight, bias))
