@@ -4,8 +4,9 @@ import cases
 import pytest
 import torch
 
-from flexnorm import normalize, ops
+from flexnorm import normalize
 from flexnorm.calls.arguments import Formula, Options
+from flexnorm.calls.operators import OPERATORS, VERSION, Given
 from flexnorm.kernels import aten
 from flexnorm.spec import Spec
 
@@ -19,10 +20,8 @@ def arguments(case, **kwargs):
     affines = [spec.read(case.affine, "affine")] if case.affine else []
     formula = Formula(spec, Options(**case.options), affines, case.sizes)
     mask, weight, bias = (given.get(name) for name in ("mask", "weight", "bias"))
-    partitions = [given["labels"][name] for name in formula.lookups]
-    ids, counts = [p.ids for p in partitions], [p.count for p in partitions]
-    prepared = formula.prepare(x, mask, [(weight, bias)] if affines else [], given["labels"])
-    return (x, mask, weight, bias, ids, counts, ops.written(formula)), prepared
+    recipe, operands = formula.prepare(x, mask, [(weight, bias)] if affines else [], given["labels"])
+    return Given.of(formula, operands, given["labels"]), (recipe, operands)
 
 
 @pytest.mark.parametrize("case", **cases.each)
@@ -32,16 +31,16 @@ def test_operators_are_the_composition(case):
     expected, kept = aten.forward(recipe, operands)
     m = aten.moments(recipe, operands, kept).outward(recipe.sets)
     close = {"rtol": 1e-9, "atol": 1e-10}
-    y, *fields = torch.ops.flexnorm.forward(*given)
+    y, *fields = OPERATORS.forward.v3(*given)
     torch.testing.assert_close(y, expected, **close)
     for ours, theirs in zip(fields[:3], (m.count, m.mean, m.m2), strict=True):
         torch.testing.assert_close(ours, theirs.expand(ours.shape), **close)
-    assert all(torch.equal(a, b) for a, b in zip(torch.ops.flexnorm.statistics(*given), fields, strict=True))
-    assert torch.equal(torch.ops.flexnorm.apply(*given, *fields), y)
-    gradients = torch.ops.flexnorm.backward(*given, *fields, dy)
+    assert all(torch.equal(a, b) for a, b in zip(OPERATORS.statistics.v3(*given), fields, strict=True))
+    assert torch.equal(OPERATORS.apply.v3(*given, *fields), y)
+    gradients = OPERATORS.backward.v3(*given, *fields, dy)
     wanted = [t for t in aten.backward(recipe, operands, kept, dy) if t is not None]
-    sums = torch.ops.flexnorm.backward_sums(*given, *fields, dy)
-    parts = torch.ops.flexnorm.backward_dx(*given, *fields, dy, *sums[:2]) + sums[2:]
+    sums = OPERATORS.backward_sums.v3(*given, *fields, dy)
+    parts = OPERATORS.backward_dx.v3(*given, *fields, dy, *sums[:2]) + sums[2:]
     for ours, split, theirs in zip(gradients, parts, wanted, strict=True):
         torch.testing.assert_close(ours, theirs, **close)
         torch.testing.assert_close(split, theirs, **close)
@@ -52,27 +51,27 @@ def test_a_graph_of_another_version_is_refused():
     *given, text = arguments(cases.by_name["group"])[0]
     for other in (text.replace("(2, ", "(1, ", 1), text.replace("(2, ", "(", 1)):
         with pytest.raises(ValueError, match="is run by the version of flexnorm"):
-            torch.ops.flexnorm.forward(*given, other)
+            OPERATORS.forward.v3(*given, other)
 
 
 @pytest.mark.parametrize("case", cases.CASES[::5], ids=[case.name for case in cases.CASES[::5]])
 def test_operators_are_what_torch_asks_of_one(case):
     given, _ = arguments(case, dtype=torch.float32)
-    _, *fields = torch.ops.flexnorm.forward(*given)
+    _, *fields = OPERATORS.forward.v3(*given)
     dy = torch.randn(case.shape)
-    sums = torch.ops.flexnorm.backward_sums(*given, *fields, dy)
-    torch.library.opcheck(torch.ops.flexnorm.forward, given, test_utils=CHECKS)
-    torch.library.opcheck(torch.ops.flexnorm.statistics, given, test_utils=CHECKS)
-    torch.library.opcheck(torch.ops.flexnorm.apply, (*given, *fields), test_utils=CHECKS)
-    torch.library.opcheck(torch.ops.flexnorm.backward, (*given, *fields, dy), test_utils=CHECKS)
-    torch.library.opcheck(torch.ops.flexnorm.backward_sums, (*given, *fields, dy), test_utils=CHECKS)
-    torch.library.opcheck(torch.ops.flexnorm.backward_dx, (*given, *fields, dy, *sums[:2]), test_utils=CHECKS)
+    sums = OPERATORS.backward_sums.v3(*given, *fields, dy)
+    torch.library.opcheck(OPERATORS.forward.v3, given, test_utils=CHECKS)
+    torch.library.opcheck(OPERATORS.statistics.v3, given, test_utils=CHECKS)
+    torch.library.opcheck(OPERATORS.apply.v3, (*given, *fields), test_utils=CHECKS)
+    torch.library.opcheck(OPERATORS.backward.v3, (*given, *fields, dy), test_utils=CHECKS)
+    torch.library.opcheck(OPERATORS.backward_sums.v3, (*given, *fields, dy), test_utils=CHECKS)
+    torch.library.opcheck(OPERATORS.backward_dx.v3, (*given, *fields, dy, *sums[:2]), test_utils=CHECKS)
 
 
 def test_gradients_of_the_operator_are_those_of_eager():
     case = cases.by_name["weights"]
     given, _ = arguments(case, requires_grad=True)
-    torch.ops.flexnorm.forward(*given)[0].square().sum().backward()
+    OPERATORS.forward.v3(*given)[0].square().sum().backward()
     x, kwargs = cases.arguments(case, requires_grad=True)
     normalize(x, case.pattern, kwargs.pop("mask"), **kwargs).square().sum()
     ours = [t.grad for t in given[:4]]
@@ -90,13 +89,13 @@ def test_operators_are_compiled_whole():
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def f(x):
-        return torch.ops.flexnorm.forward(x, *others)[0] * 2
+        return OPERATORS.forward.v3(x, *others)[0] * 2
 
     x = x.requires_grad_()
     y = f(x)
-    torch.testing.assert_close(y, torch.ops.flexnorm.forward(x, *others)[0] * 2)
+    torch.testing.assert_close(y, OPERATORS.forward.v3(x, *others)[0] * 2)
     (a,) = torch.autograd.grad(y.square().sum(), x)
-    (b,) = torch.autograd.grad((torch.ops.flexnorm.forward(x, *others)[0] * 2).square().sum(), x)
+    (b,) = torch.autograd.grad((OPERATORS.forward.v3(x, *others)[0] * 2).square().sum(), x)
     torch.testing.assert_close(a, b)
 
 
@@ -115,7 +114,7 @@ def test_a_compiled_graph_holds_the_operator_and_an_exported_one_does_not():
         return graph
 
     y = torch.compile(_Layer(), backend=backend)(x, mask)
-    assert "flexnorm.normalize" in seen
+    assert f"flexnorm.normalize.{VERSION}" in seen
     torch.testing.assert_close(y, _Layer()(x, mask))
     exported = torch.export.export(_Layer(), (x, mask))
     assert all("flexnorm" not in str(node.target) for node in exported.graph.nodes)

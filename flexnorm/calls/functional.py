@@ -16,8 +16,7 @@ from ..partition import Partition
 from ..spec import Element, Expr, Spec
 from ..statistics import Moments, each
 from ..watching import unwatched
-from . import complexes
-from . import operators as ops
+from . import complexes, traced
 from .arguments import (
     Formula,
     Label,
@@ -128,7 +127,7 @@ def normalize(
         if _compiling(x):
             options = Options(center, scale, eps, activation)
             stages = [] if affine is None and weight is None and bias is None else [(weight, bias)]
-            return ops.called(x, pattern, mask, stages, affine, options, moments, cumulative, sizes, labels, names)
+            return traced.called(x, pattern, mask, stages, affine, options, moments, cumulative, sizes, labels, names)
         asked = None
         if sizes is None and labels is None and cumulative is None and unwatched(x):
             asked = _asked((pattern, affine, center, scale, eps, activation), names)
@@ -177,7 +176,7 @@ def moments(
     """
     if sharded is None and process_group is None:
         if _compiling(x):
-            return ops.called_moments(x, pattern, mask, sizes, labels, names)
+            return traced.called_moments(x, pattern, mask, sizes, labels, names)
         if sizes is None and labels is None and unwatched(x):
             asked = _asked((pattern, None, True, True, 1e-5, None), names)
             if asked is not None:
@@ -402,7 +401,7 @@ def _routed(
     """All other ways: traced, of a DTensor, of complex numbers, over ranks, and by the other backends."""
     if _compiling(x, ranks):
         options = {"tracked": tracked, "apart": apart, "cumulative": cumulative}
-        return ops.run(formula, x, mask, params, moments, labels, **options)
+        return traced.run(formula, x, mask, params, moments, labels, **options)
     if moments is None and (apart or cumulative):
         if ranks.groups:  # nothing may raise on one rank alone once the moments have gone around
             formula.prepare(x, mask, params, labels)
@@ -455,7 +454,7 @@ def own_moments(
         if found is not None:
             return found
     if _compiling(x, ranks):
-        return ops.moments(formula, x, mask, labels)
+        return traced.moments(formula, x, mask, labels)
     formula = formula.of_moments  # here: dynamo knows no lock, as cached_property has before 3.12
     labels = {name: labels[name] for name in formula.lookups if name in labels}
     if type(x) is not Tensor and is_dtensor(x):
@@ -520,7 +519,7 @@ def by_share(formula: Formula, x: Tensor, share: Tensor, params: Param, labels: 
 
 _KERNELS: Any = library()  # a text where there is none; then no formula has a pattern
 
-ops.eager = ops._Eager(run, own_moments)
+traced.eager = traced._Eager(run, own_moments)
 
 # --- sets that go on elsewhere ---------------------------------------------------------------------------------------
 

@@ -61,8 +61,11 @@ class StaticLabels(Mapping[str, Partition]):
             if held[name].ids.is_meta:
                 raise self._without_ids(name, x)
         if not readable(x):
-            ids = {name: p.ids.to(x.device) if name in away else p.ids for name, p in held.items()}
-            return {name: Partition._made(ids[name], p.count) for name, p in held.items()}
+            found = {}
+            for name, p in held.items():
+                here = (p.ids.to(x.device), p.count) if name in away else (p.ids, p.count, p._tables)
+                found[name] = Partition._made(*here)
+            return found
         if away:
             self.held = held = {name: _kept(partition, x.device) for name, partition in held.items()}
         return dict(held)
