@@ -98,7 +98,7 @@ class Partition:
 
     @classmethod
     def _made(cls, ids: Tensor, count: int, tables: tuple[Tensor, ...] = ()) -> Partition:
-        """A Partition of ids known to be good: no check, no wait for the device. `tables` are those of another one."""
+        """A Partition of ids known to be good: no check, no wait for the device. `tables`: see `_tables`."""
         made = object.__new__(cls)
         object.__setattr__(made, "_ids", ids)
         object.__setattr__(made, "count", count)
@@ -142,19 +142,25 @@ class Partition:
 
     @property
     def _tables(self) -> tuple[Tensor, ...]:
-        """Offsets and order, as an operator takes them: an empty order, if the ids are sorted. Nothing, if they are not
-        made yet. A tracer may ask, because nothing is made here."""
+        """Offsets and order, as an operator takes them; nothing, if they are not made yet. An order that is empty, or
+        begins with -1, says that the ids are sorted. A tracer may ask, because nothing is made here."""
         own = self.__dict__
         tables: tuple[Tensor, ...] | None = own.get("_came_with")
         if tables is not None:
             return tables
         read: Packed | None = own.get("_read")
+        if read is None:
+            return ()
+        return read[2], read[2][:0] if read[3] is None else read[3]
+
+    def _settle(self) -> Partition:
+        """Itself, with tables whose sizes do not say whether ids are sorted: so one graph serves other ids, too."""
+        read = self._packed if self._ids.device.type == "cpu" else None
         if read is not None:
-            return read[2], read[2][:0] if read[3] is None else read[3]
-        offsets, order, rises = own.get("offsets"), own.get("order"), own.get("is_sorted")  # of a GPU
-        if offsets is not None and rises:
-            order = offsets[:0]
-        return () if offsets is None or order is None or rises is None else (offsets, order)
+            with torch.inference_mode(False):  # a graph saves them for backward
+                order = torch.full_like(self._ids.flatten(), -1) if read[3] is None else read[3]
+            self.__dict__["_came_with"] = read[2], order
+        return self
 
     def _from_tables(self) -> Packed | None:
         """What a kernel on CPU reads, if the tables came with the ids."""
@@ -163,7 +169,7 @@ class Partition:
         offsets, order = self._tables
         if offsets.numel() != self.count + 1 or order.numel() not in (0, self._ids.numel()):
             return None
-        return self._ids.contiguous(), self.count, offsets, order if order.numel() else None
+        return self._ids.contiguous(), self.count, offsets, None if _says_sorted(order) else order
 
     @cached_property
     def counts(self) -> Tensor:
@@ -192,7 +198,7 @@ class Partition:
         if self._packed is not None:
             order = self._packed[3]
             return torch.arange(self._ids.numel()) if order is None else order.clone()
-        if "_came_with" in self.__dict__ and self._tables[1].numel():
+        if "_came_with" in self.__dict__ and not _says_sorted(self._tables[1]):
             return self._tables[1].clone()
         return torch.argsort(self._ids.flatten(), stable=True)
 
@@ -202,7 +208,7 @@ class Partition:
         if self._packed is not None:
             return self._packed[3] is None
         if "_came_with" in self.__dict__:
-            return not self._tables[1].numel()
+            return _says_sorted(self._tables[1])
         flat = self._ids.flatten()
         return bool((flat[1:] >= flat[:-1]).all())
 
@@ -245,6 +251,10 @@ class Partition:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuilt, (self._ids, self.count)
+
+
+def _says_sorted(order: Tensor) -> bool:
+    return not order.numel() or int(order[0]) < 0
 
 
 def _rebuilt(ids: Tensor, count: int) -> Partition:
@@ -306,8 +316,13 @@ def _grouped(ids: Tensor, count: object) -> Packed | None:
     kernels = library()
     if isinstance(kernels, str) or not (count is None or type(count) is int):
         return None
-    found: Packed | None = kernels.groups(ids, count)
-    return found
+    found: Packed | None
+    if not torch.is_inference_mode_enabled():
+        found = kernels.groups(ids, count)
+        return found
+    with torch.inference_mode(False):  # a graph saves them for backward
+        found = kernels.groups(ids, count)
+        return found
 
 
 def _integers(values: Sequence[int] | Tensor, name: str, device: torch.device | str | None) -> Tensor:

@@ -262,7 +262,7 @@ def test_labels_that_are_made_in_a_graph_are_ordered_where_they_are_used(grouped
 
 
 def test_a_graph_of_one_order_serves_no_other(grouped):
-    """Sorted ids come without an order: the graph is made again, and not for every batch."""
+    """Sorted ids of a call come without an order: the graph is made again, and not for every batch."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(_by_argument, fullgraph=True, backend=counter)
     for n in range(11, 17):
@@ -284,3 +284,32 @@ def test_tables_that_fit_no_ids_are_made_again(grouped):
         grouped.clear()
         assert torch.equal(_by_argument(X8, label), _by_argument(X8, Partition(IDS, 5)))
         assert len(grouped) == 2
+
+
+@pytest.mark.parametrize("built", ["before", "in it"])
+def test_order_and_offsets_of_inference_mode_are_saved_for_backward(built):
+    """A layer may be evaluated first, and trained later."""
+    with torch.inference_mode(built == "in it"):
+        norm = Norm("v c -> graph[v] c", graph=Partition._made(IDS, 5))
+    with torch.inference_mode():
+        norm(X8)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: norm(x), fullgraph=True, backend="aot_eager")
+    x = X8.clone().requires_grad_()
+    dy = torch.randn(8, 3)
+    (dx,) = torch.autograd.grad(compiled(x), x, dy)
+    assert torch.equal(dx, torch.autograd.grad(norm(x), x, dy)[0])
+
+
+def test_one_graph_serves_sorted_and_unsorted_ids_of_a_layer(grouped):
+    norm = Norm("v c -> graph[v] c", graph=Partition.from_sizes([3, 5]))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: norm(x), fullgraph=True, backend=counter)
+    for ids in (None, [0, 1, 0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1, 1]):
+        if ids is not None:
+            norm.load_state_dict({"graph_ids": torch.tensor(ids)})
+        grouped.clear()
+        y = compiled(X8)
+        assert not grouped
+        assert torch.equal(y, norm(X8))
+    assert counter.frame_count == 1

@@ -22,9 +22,9 @@ from ..watching import unwatched
 from .arguments import Formula, Options
 from .gradients import Bound, Closer, Composed, How
 
+# The overload of every operator. Other arguments, or results of other shapes, are another version, because compilers keep
+# graphs beyond a process. `refused.py` has the operators of the earlier one.
 VERSION = "v3"
-"""The overload of every operator. It is another one where arguments or the shapes of results are others, because
-compilers keep graphs beyond a process. `refused.py` has the earlier ones."""
 
 LIBRARY: Any = torch.library.Library("flexnorm", "FRAGMENT")  # type: ignore[no-untyped-call]
 OPERATORS: Any = torch.ops.flexnorm
@@ -86,7 +86,7 @@ class Given(NamedTuple):
 
     @property
     def operands(self) -> Operands:
-        """Its tensors, without those of labels."""
+        """Its tensors, without the labels."""
         return Operands(self.x, self.mask, self.weight, self.bias)
 
     def prepare(self, labels: Mapping[str, Partition] | None = None) -> Recipe:

@@ -153,6 +153,6 @@ def _kept(partition: Partition, device: torch.device) -> Partition:
     ids = partition.ids
     away = ids.device != device and not ids.is_meta and device.type != "meta"
     if not away and not ids.is_inference():
-        return partition
+        return partition._settle()
     with torch.inference_mode(False):  # ids are saved for backward
-        return Partition._made(ids.to(device) if away else ids.clone(), partition.count)
+        return Partition._made(ids.to(device) if away else ids.clone(), partition.count)._settle()
