@@ -22,8 +22,8 @@ from ..watching import unwatched
 from .arguments import Formula, Options
 from .gradients import Bound, Closer, Composed, How
 
-# The overload of every operator. Other arguments, or results of other shapes, are another version, because compilers keep
-# graphs beyond a process. `refused.py` has the operators of the earlier one.
+# The overload of every operator. Other arguments, or results of other shapes, are another version, because compilers
+# keep graphs beyond a process. `refused.py` has the operators of the earlier one.
 VERSION = "v3"
 
 LIBRARY: Any = torch.library.Library("flexnorm", "FRAGMENT")  # type: ignore[no-untyped-call]

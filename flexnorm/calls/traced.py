@@ -45,17 +45,14 @@ class Call(NamedTuple):
     ids: Sequence[Tensor]
     tables: Sequence[Tensor]
     counts: Sequence[int]
-    arguments: Sequence[str]  # the one that said it: "sizes", "labels" or "names", of every size, then of every label
+    arguments: Sequence[str]  # "sizes", "labels" or "names", which said it: of every label, then of every size
 
     def read(self, along: str | None = None) -> tuple[Formula, dict[str, Partition]]:
         """The formula and its labels, read and checked as eager calls are."""
         said: dict[str, dict[str, Any]] = {"sizes": {}, "labels": {}, "names": {}}
         names = (*self.label_names, *self.size_names)
         values = (*partitions_of(self.ids, self.tables, self.counts), *self.sizes)
-        first = len(self.sizes)
-        for argument, name, value in zip(
-            (*self.arguments[first:], *self.arguments[:first]), names, values, strict=True
-        ):
+        for argument, name, value in zip(self.arguments, names, values, strict=True):
             said[argument][name] = value
         spec = Spec.parse(self.pattern)
         axes = [spec.read(affine, "affine") for affine in self.affines]
@@ -207,25 +204,26 @@ def _said(arguments: Mapping[str, Mapping[str, Any]]) -> tuple[Any, ...]:
                 by_size.append(argument)
             else:
                 raise SpecError(f"{name!r} is the size of an axis, or a label: a tensor of ids or a Partition")
-    return size_names, sizes, *flat(labels), [*by_size, *by_label]
+    return size_names, sizes, *flat(labels), [*by_label, *by_size]
 
 
 # --- the operators in its graph --------------------------------------------------------------------------------------
 
 
-def _seen(name: str, schema: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """Makes a function an operator of this name, which a tracer takes apart after dynamo."""
+def _seen(schema: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """Makes a function the operator of its name, which a tracer takes apart after dynamo."""
 
     def made(body: Callable[..., T]) -> Callable[..., T]:
-        LIBRARY.define(f"{name}.{VERSION}{schema}")
+        name = f"{body.__name__.removeprefix('_seen_')}.{VERSION}"
+        LIBRARY.define(name + schema)
         for key in ("CompositeImplicitAutograd", "FuncTorchBatched"):
-            LIBRARY.impl(f"{name}.{VERSION}", body, key)
+            LIBRARY.impl(name, body, key)
         return body
 
     return made
 
 
-@_seen("normalize", f"({_CALL}, Tensor?[] moments, str? along) -> Tensor")
+@_seen(f"({_CALL}, Tensor?[] moments, str? along) -> Tensor")
 def _seen_normalize(*arguments: Any) -> Tensor:
     *asked, fields, along = arguments
     call, cumulative = Call(*asked), along is not None
@@ -238,7 +236,7 @@ def _seen_normalize(*arguments: Any) -> Tensor:
     return y
 
 
-@_seen("tracked", f"({_CALL}, bool apart, bool cumulative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+@_seen(f"({_CALL}, bool apart, bool cumulative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 def _seen_tracked(*arguments: Any) -> tuple[Tensor, ...]:
     """y, and the moments used."""
     *asked, apart, cumulative = arguments
@@ -257,7 +255,7 @@ def _seen_tracked(*arguments: Any) -> tuple[Tensor, ...]:
     return found
 
 
-@_seen("moments", f"({_CALL}) -> ({MOMENTS})")
+@_seen(f"({_CALL}) -> ({MOMENTS})")
 def _seen_moments(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     formula, labels = call.read()
@@ -266,13 +264,13 @@ def _seen_moments(*arguments: Any) -> tuple[Tensor, ...]:
     return _statistics(formula.of_moments, call.x, call.mask, labels)
 
 
-@_seen("coarsen", f"(Tensor[] moments, str pattern, {NAMED}) -> ({MOMENTS})")
+@_seen(f"(Tensor[] moments, str pattern, {NAMED}) -> ({MOMENTS})")
 def _seen_coarsen(fields: Sequence[Tensor], pattern: str, *named: Any) -> tuple[Tensor, ...]:
     sizes, labels = _between(*named)
     return _written(Moments(*fields).coarsen(pattern, sizes=sizes, **labels))
 
 
-@_seen("refine", f"(Tensor[] moments, SymInt[] shape, str pattern, {NAMED}) -> ({MOMENTS})")
+@_seen(f"(Tensor[] moments, SymInt[] shape, str pattern, {NAMED}) -> ({MOMENTS})")
 def _seen_refine(fields: Sequence[Tensor], shape: Sequence[int], pattern: str, *named: Any) -> tuple[Tensor, ...]:
     sizes, labels = _between(*named)
     return _written(Moments(*fields).refine(pattern, shape, sizes=sizes, **labels))
