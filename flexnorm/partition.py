@@ -75,7 +75,8 @@ class Partition:
             received = f"sizes={shown(sizes.tolist())}"
             raise ShapeError(say("sizes of groups are 0 or more", received=received, instead="sizes.clamp(min=0), say"))
         ids = torch.repeat_interleave(torch.arange(sizes.numel(), device=sizes.device), sizes)
-        return cls._made(ids, sizes.numel())
+        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        return cls._made(ids, sizes.numel(), (offsets, offsets[:0]))
 
     @classmethod
     def from_offsets(cls, offsets: Sequence[int] | Tensor, *, device: torch.device | str | None = None) -> Partition:
@@ -96,11 +97,13 @@ class Partition:
         return cls.from_sizes(offsets.diff())
 
     @classmethod
-    def _made(cls, ids: Tensor, count: int) -> Partition:
-        """A Partition of ids known to be good: no check, no wait for the device."""
+    def _made(cls, ids: Tensor, count: int, tables: tuple[Tensor, ...] = ()) -> Partition:
+        """A Partition of ids known to be good: no check, no wait for the device. `tables`: see `_tables`."""
         made = object.__new__(cls)
         object.__setattr__(made, "_ids", ids)
         object.__setattr__(made, "count", count)
+        if tables:
+            object.__setattr__(made, "_came_with", tables)
         return made
 
     @classmethod
@@ -131,11 +134,42 @@ class Partition:
         if "_read" not in own:
             if not unwatched(self._ids):  # for now: others may ask later
                 return None
-            own["_read"] = _grouped(self._ids.contiguous(), self.count)
+            own["_read"] = self._from_tables() or _grouped(self._ids.contiguous(), self.count)
             if own["_read"] is None:
                 self.check()
         kept: Packed | None = own["_read"]
         return kept
+
+    @property
+    def _tables(self) -> tuple[Tensor, ...]:
+        """Offsets and order, as an operator takes them; nothing, if they are not made yet. An order that is empty, or
+        begins with -1, says that the ids are sorted. A tracer may ask, because nothing is made here."""
+        own = self.__dict__
+        tables: tuple[Tensor, ...] | None = own.get("_came_with")
+        if tables is not None:
+            return tables
+        read: Packed | None = own.get("_read")
+        if read is None:
+            return ()
+        return read[2], read[2][:0] if read[3] is None else read[3]
+
+    def _settle(self) -> Partition:
+        """Itself, with tables whose sizes do not say whether ids are sorted: so one graph serves other ids, too."""
+        read = self._packed if self._ids.device.type == "cpu" else None
+        if read is not None:
+            with torch.inference_mode(False):  # a graph saves them for backward
+                order = torch.full_like(self._ids.flatten(), -1) if read[3] is None else read[3]
+            self.__dict__["_came_with"] = read[2], order
+        return self
+
+    def _from_tables(self) -> Packed | None:
+        """What a kernel on CPU reads, if the tables came with the ids."""
+        if "_came_with" not in self.__dict__ or isinstance(library(), str) or self._ids.device.type != "cpu":
+            return None
+        offsets, order = self._tables
+        if offsets.numel() != self.count + 1 or order.numel() not in (0, self._ids.numel()):
+            return None
+        return self._ids.contiguous(), self.count, offsets, None if _says_sorted(order) else order
 
     @cached_property
     def counts(self) -> Tensor:
@@ -154,6 +188,8 @@ class Partition:
         """Where every group begins in `order`, and the end of the last: int64 of shape (count + 1,)."""
         if self._packed is not None:
             return self._packed[2].clone()
+        if "_came_with" in self.__dict__:
+            return self._tables[0].clone()
         return torch.cat([self.counts.new_zeros(1), self.counts.cumsum(0)])
 
     @cached_property
@@ -162,6 +198,8 @@ class Partition:
         if self._packed is not None:
             order = self._packed[3]
             return torch.arange(self._ids.numel()) if order is None else order.clone()
+        if "_came_with" in self.__dict__ and not _says_sorted(self._tables[1]):
+            return self._tables[1].clone()
         return torch.argsort(self._ids.flatten(), stable=True)
 
     @cached_property
@@ -169,6 +207,8 @@ class Partition:
         """Whether the flattened ids never fall, so that `order` changes nothing. Waits once for the device."""
         if self._packed is not None:
             return self._packed[3] is None
+        if "_came_with" in self.__dict__:
+            return _says_sorted(self._tables[1])
         flat = self._ids.flatten()
         return bool((flat[1:] >= flat[:-1]).all())
 
@@ -213,6 +253,10 @@ class Partition:
         return _rebuilt, (self._ids, self.count)
 
 
+def _says_sorted(order: Tensor) -> bool:
+    return not order.numel() or int(order[0]) < 0
+
+
 def _rebuilt(ids: Tensor, count: int) -> Partition:
     return Partition._made(ids, count)
 
@@ -241,6 +285,23 @@ def packed(partition: Partition) -> Packed | None:
     return partition._packed
 
 
+Flat = tuple[list[str], list[Tensor], list[Tensor], list[int]]  # names, ids, tables, counts
+
+
+def flat(labels: Iterable[tuple[str, Partition]]) -> Flat:
+    """Labels as an operator takes them. Tables are two of each label, or none at all, if one label has none."""
+    pairs = list(labels)
+    tables = [partition._tables for _, partition in pairs]
+    every = [table for both in tables for table in both] if all(len(both) == 2 for both in tables) else []
+    return [name for name, _ in pairs], [p._ids for _, p in pairs], every, [p.count for _, p in pairs]
+
+
+def partitions_of(ids: Sequence[Tensor], tables: Sequence[Tensor], counts: Sequence[int]) -> list[Partition]:
+    """The reverse of `flat`, in the order of the names."""
+    both = list(zip(tables[::2], tables[1::2], strict=True)) if tables else [()] * len(ids)
+    return [Partition._made(*given) for given in zip(ids, counts, both, strict=True)]
+
+
 def counts_for(partition: Partition, x: Tensor) -> Tensor:
     """The number of elements of every group, in the dtype of the statistics of x."""
     if unwatched(x) and (read := packed(partition)) is not None:
@@ -255,8 +316,13 @@ def _grouped(ids: Tensor, count: object) -> Packed | None:
     kernels = library()
     if isinstance(kernels, str) or not (count is None or type(count) is int):
         return None
-    found: Packed | None = kernels.groups(ids, count)
-    return found
+    found: Packed | None
+    if not torch.is_inference_mode_enabled():
+        found = kernels.groups(ids, count)
+        return found
+    with torch.inference_mode(False):  # a graph saves them for backward
+        found = kernels.groups(ids, count)
+        return found
 
 
 def _integers(values: Sequence[int] | Tensor, name: str, device: torch.device | str | None) -> Tensor:

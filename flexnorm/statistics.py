@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from . import collectives
 from .axes import Sizes, bind, check_operand, check_shape
 from .errors import ShapeError, SpecError, say, shown
-from .partition import Partition
+from .partition import Partition, flat
 from .sets import Sets, sets_of
 from .spec import Spec
 
@@ -137,7 +137,7 @@ class Moments:
             raise ShapeError(say("the axis is one of the moments", received=received, instead=instead))
         last = each(lambda t: t.movedim(axis, -1), self)
         if torch.compiler.is_dynamo_compiling() and not self.mean.is_complex():  # one operation, for any length
-            up_to = Moments(*torch.ops.flexnorm.cumulative(last.count, last.mean, last.m2, last._low))
+            up_to = Moments(*torch.ops.flexnorm.cumulative.v3(last.count, last.mean, last.m2, last._low))
         else:
             up_to = _up_to(last)
         return each(lambda t: t.movedim(-1, axis), up_to)
@@ -152,7 +152,7 @@ class Moments:
         Moments(count=tensor(4), mean=tensor(3.), m2=tensor(18.))
         """
         if torch.compiler.is_dynamo_compiling() and all(isinstance(label, Partition) for label in labels.values()):
-            return Moments(*torch.ops.flexnorm.coarsen(self._fields, *_told(pattern, sizes, labels)))
+            return Moments(*torch.ops.flexnorm.coarsen.v3(self._fields, pattern, *_flat(sizes, labels)))
         self.check()
         spec = _between(pattern, labels)
         if self.mean.is_complex():
@@ -176,7 +176,7 @@ class Moments:
         Moments(count=tensor([4, 4]), mean=tensor([3., 3.]), m2=tensor([18., 18.]))
         """
         if torch.compiler.is_dynamo_compiling() and all(isinstance(label, Partition) for label in labels.values()):
-            return Moments(*torch.ops.flexnorm.refine(self._fields, shape, *_told(pattern, sizes, labels)))
+            return Moments(*torch.ops.flexnorm.refine.v3(self._fields, shape, pattern, *_flat(sizes, labels)))
         self.check()
         sets = _larger(_between(pattern, labels), self.mean, tuple(shape), sizes, labels)
         if tuple(self.mean.shape) != sets.shape:
@@ -338,10 +338,9 @@ def each(f: Callable[..., Tensor], *moments: Moments) -> Moments:
     return Moments(*(f(*tensors) for tensors in zip(*fields, strict=True)))
 
 
-def _told(pattern: str, sizes: Sizes | None, labels: Mapping[str, Partition]) -> tuple[list[Tensor], list[int], str]:
-    """What operators take: ids of labels, their counts and the sizes, and what these are of."""
-    numbers = [*(label.count for label in labels.values()), *(sizes or {}).values()]
-    return [label.ids for label in labels.values()], numbers, repr((pattern, list(labels), list(sizes or {})))
+def _flat(sizes: Sizes | None, labels: Mapping[str, Partition]) -> tuple[Any, ...]:
+    """Sizes and labels, as the operators of `coarsen` and `refine` take them."""
+    return list(sizes or {}), list((sizes or {}).values()), *flat(labels.items())
 
 
 def _between(pattern: str, labels: Mapping[str, Any]) -> Spec:

@@ -193,8 +193,6 @@ class Formula:
         self.spec, self.options, self.affines = spec, options, tuple(affines)
         self.sizes = tuple(sizes.items())
         self.lookups = label_names(spec, *self.affines)
-        told = (options.center, options.scale, options.activation)
-        self.head = repr((spec.text, tuple(expr.text for expr in self.affines), told))  # for operators
         self.patterns = _Patterns(self)
         self._merged: Formula | None = None
         self._recipes: dict[Any, Recipe] = {}

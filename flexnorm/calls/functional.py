@@ -14,7 +14,7 @@ from ..partition import Partition
 from ..spec import Expr, Spec
 from ..statistics import Moments
 from ..watching import unwatched
-from . import operators as ops
+from . import traced
 from .arguments import (
     Formula,
     Label,
@@ -109,11 +109,11 @@ def normalize(
         if compiling(x):
             options = Options(centered, scale, eps, activation)
             if share is not None and moments is None:
-                own = ops.called_moments(x, pattern, mask, sizes, labels, names, affine)
+                own = traced.called_moments(x, pattern, mask, sizes, labels, names, affine)
                 own = own if cumulative is None else own.cumulative()
                 moments = own.about(share.to(own.m2.dtype))
             stages = [] if affine is None and weight is None and bias is None else [(weight, bias)]
-            return ops.called(x, pattern, mask, stages, affine, options, moments, cumulative, sizes, labels, names)
+            return traced.called(x, pattern, mask, stages, affine, options, moments, cumulative, sizes, labels, names)
         asked = None
         if sizes is None and labels is None and cumulative is None and unwatched(x):
             asked = _asked((pattern, affine, centered, scale, eps, activation), names)
@@ -163,7 +163,7 @@ def moments(
     """
     if sharded is None and process_group is None:
         if compiling(x):
-            return ops.called_moments(x, pattern, mask, sizes, labels, names)
+            return traced.called_moments(x, pattern, mask, sizes, labels, names)
         if sizes is None and labels is None and unwatched(x):
             asked = _asked((pattern, None, True, True, 1e-5, None), names)
             if asked is not None:

@@ -231,7 +231,8 @@ def _values() -> Mapping[str, Any]:
         return {}
     values: dict[str, Any] = state[1]
     if is_dynamo_compiling():
-        return {**values, **{name: Partition._made(values[name].ids, len(count)) for name, count in state[2].items()}}
+        held = {name: (values[name], len(count)) for name, count in state[2].items()}
+        return {**values, **{name: Partition._made(p._ids, count, p._tables) for name, (p, count) in held.items()}}
     return values
 
 

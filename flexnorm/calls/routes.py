@@ -15,8 +15,7 @@ from ..partition import Partition
 from ..spec import Element, Expr
 from ..statistics import Moments
 from ..watching import unwatched
-from . import complexes
-from . import operators as ops
+from . import complexes, traced
 from .arguments import Formula, outward_moments
 from .call import ALONE, Call, Result
 from .gradients import (
@@ -195,10 +194,10 @@ def _changed(call: Call, change: Change) -> Result | None:
 def _routed(call: Call, tracked: bool, change: Change | None) -> Result:
     """All other ways: traced, of a DTensor, of complex numbers, over ranks, and by the other backends."""
     x, moments, ranks = call.x, call.moments, call.ranks or ALONE
-    traced = compiling(x, ranks)
+    in_graph = compiling(x, ranks)
     if call.center is not None or call.wholes:
         change, call = _stepped(call, change), call._replace(center=None, wholes=())
-    if traced and (moments is not None or change in (None, same, Moments.cumulative)):
+    if in_graph and (moments is not None or change in (None, same, Moments.cumulative)):
         return _traced(call, tracked=tracked, apart=change is same, cumulative=change is Moments.cumulative)
     if moments is None and change is not None:
         own, link = _own(call)
@@ -206,7 +205,7 @@ def _routed(call: Call, tracked: bool, change: Change | None) -> Result:
         call = call._replace(moments=moments)
         if link is not None:
             return Result(link(moments), moments)
-        if traced:
+        if in_graph:
             return _traced(call, tracked=tracked, apart=False, cumulative=False)
     if type(x) is not Tensor and is_dtensor(x):
         return _placed(call, tracked)
@@ -240,7 +239,7 @@ def _routed(call: Call, tracked: bool, change: Change | None) -> Result:
 def _traced(call: Call, **options: bool) -> Result:
     """The result of an operator, which goes into a graph."""
     formula, x, mask, stages, moments, labels, *_ = call
-    return Result(*ops.run(formula, x, mask, stages, moments, labels, **options))
+    return Result(*traced.run(formula, x, mask, stages, moments, labels, **options))
 
 
 def _backend(
@@ -311,7 +310,7 @@ def own_moments(
         if found is not None:
             return found
     if compiling(x, ranks):
-        return ops.moments(formula, x, mask, labels)
+        return traced.moments(formula, x, mask, labels)
     formula = formula.of_moments  # here: dynamo knows no lock, as cached_property has before 3.12
     labels = {name: labels[name] for name in formula.lookups if name in labels}
     if type(x) is not Tensor and is_dtensor(x):
@@ -455,4 +454,4 @@ def _run_eager(
     return run(Call(formula, x, mask, tuple(stages), moments, labels), tracked=tracked, change=change)
 
 
-ops.eager = ops._Eager(_run_eager, own_moments)
+traced.eager = traced._Eager(_run_eager, own_moments)

@@ -62,8 +62,11 @@ class StaticLabels(Mapping[str, Partition]):
             if held[name].ids.is_meta:
                 raise self._without_ids(name, x)
         if not readable(x):
-            ids = {name: p.ids.to(x.device) if name in away else p.ids for name, p in held.items()}
-            return {name: Partition._made(ids[name], p.count) for name, p in held.items()}
+            found = {}
+            for name, p in held.items():
+                here = (p.ids.to(x.device), p.count) if name in away else (p.ids, p.count, p._tables)
+                found[name] = Partition._made(*here)
+            return found
         if away:
             self.held = held = {name: _kept(partition, x.device) for name, partition in held.items()}
         return dict(held)
@@ -151,9 +154,9 @@ def _kept(partition: Partition, device: torch.device) -> Partition:
     ids = partition.ids
     away = ids.device != device and not ids.is_meta and device.type != "meta"
     if not away and not ids.is_inference():
-        return partition
+        return partition._settle()
     with torch.inference_mode(False):  # ids are saved for backward
-        return Partition._made(ids.to(device) if away else ids.clone(), partition.count)
+        return Partition._made(ids.to(device) if away else ids.clone(), partition.count)._settle()
 
 
 def given_once(spec: Spec, names: Mapping[str, Label], labels: Mapping[str, Label]) -> dict[str, Label]:
