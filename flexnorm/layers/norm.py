@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -30,14 +30,15 @@ from ..partition import Partition, whole
 from ..spec import Expr, Spec
 from ..statistics import Moments
 from . import streams
-from .parameters import fixed_shape, with_given
-from .running import RunningStatistics, calibrate, checked_momentum
+from .parameters import check_combination, fixed_shape, with_given
+from .running import calibrate, checked_momentum
+from .state import _Stateful
 from .static_labels import StaticLabels, given_once, read_labels
 
 __all__ = ["Norm", "calibrate"]
 
 
-class Norm(nn.Module):
+class Norm(_Stateful):
     r"""A normalization layer: the elements that share statistics are those that its pattern names.
 
     For each set S:   y[S] = (x[S] - mean(x[S])) / sqrt(var(x[S]) + eps) * weight + bias
@@ -86,13 +87,6 @@ class Norm(nn.Module):
     >>> norm(torch.randn(6, 8), graph=torch.tensor([0, 0, 0, 1, 1, 1])).shape
     torch.Size([6, 8])
     """
-
-    running_statistics = RunningStatistics()
-    """How layers of this class keep running statistics."""
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -150,24 +144,16 @@ class Norm(nn.Module):
                 self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self._cumulative = cumulative
         self._sharding = None if sharded is None else Sharding(self._spec, sharded, process_group, cumulative)
-        self._check_combination(track_running_stats, process_group)
-        exprs = [expr for expr in (self._affine, self._conditional) if expr is not None]
+        check_combination(self._spec, cumulative, self._sharding is not None, track_running_stats, process_group)
         spec = self._spec if cumulative is None else spec_along(self._spec, cumulative)
-        self._formula = Formula(spec, self._options, exprs, self._sizes)
+        affines = [expr for expr in (self._affine, self._conditional) if expr is not None]
+        self._formula = Formula(spec, self._options, affines, self._sizes)
         self._was_given = ""
         self.momentum = checked_momentum(momentum)
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            self.register_buffer(name, None)
         self.track_running_stats = track_running_stats
-        if track_running_stats:
-            shape = self._fixed_shape(self._spec.sets, "running statistics")
-            self.running_mean = torch.empty(shape, device=device, dtype=dtype)
-            real = dtype.to_real() if dtype is not None and dtype.is_complex else dtype
-            self.running_var = torch.empty(shape, device=device, dtype=real)
-            per_set = (
-                self.running_statistics.per_set and momentum is None and any(True for _ in self._spec.sets.lookups())
-            )
-            self.num_batches_tracked = torch.empty(shape if per_set else (), device=device, dtype=torch.int64)
+        labelled = any(True for _ in self._spec.sets.lookups())
+        kept = self._fixed_shape(self._spec.sets, "running statistics") if track_running_stats else None
+        self.running_statistics.build(self, kept, labelled, device, dtype)
         self.reset_parameters()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -185,27 +171,9 @@ class Norm(nn.Module):
     _fits = _fits_masks = _unfits = _changes_moments = False
     _keywords: tuple[str, ...] = ()
 
-    _version = 2  # as torch's batch norms count: `num_batches_tracked` came with the second
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
-    ) -> None:
-        """One counter, of a layer with a momentum, is that of every set. State of early versions of torch has none."""
-        key, own = f"{prefix}num_batches_tracked", self.num_batches_tracked
-        given = state_dict.get(key)
-        if own is not None and own.dim() and isinstance(given, Tensor) and given.dim() == 0:
-            state_dict[key] = given.expand(own.shape).clone()
-        if given is None and own is not None and local_metadata.get("version", 1) < 2:
-            state_dict[key] = torch.ones(own.shape, dtype=own.dtype)  # it has seen something, and may evaluate
-        # nn.Module's, as a batch norm beside this class would add a counter of its own
-        nn.Module._load_from_state_dict(self, state_dict, prefix, local_metadata, *others)
-        self._static.load(state_dict, prefix, *others)
-
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batch seen."""
-        for buffer, value in ((self.running_mean, 0), (self.running_var, 1), (self.num_batches_tracked, 0)):
-            if buffer is not None:
-                buffer.fill_(value)
+        self.running_statistics.reset(self)
 
     def reset_parameters(self) -> None:
         """Weight 1, bias 0, running statistics as at first, and the static labels as the layer was built with."""
@@ -375,13 +343,13 @@ class Norm(nn.Module):
     def fit_given(self, call: Call, around: Mapping[str, Any]) -> Call:
         """The call with what `given` says around it. What the call says itself stays.
 
-        A layer takes a mask, its labels, and whatever else its `forward` takes by keyword. A label is taken by its own
-        name. Other names say in their way what a mask says, so they are taken only if the call says nothing.
+        A layer takes a mask, its labels, and whatever else its `forward` takes by keyword. Names that are no labels say
+        in their way what a mask says, so they are taken only where neither the call nor a mask from around says it.
         """
         names, mask = dict(call.names), call.mask
         if mask is None and self._spec.mask is not None:
             mask = around.get("mask")
-        others = () if call.mask is not None or names else self._keywords
+        others = () if mask is not None or names else self._keywords
         for name in (*self._lookups, *others):
             if name in around and name not in names and name not in self._static and name != "mask":
                 names[name] = around[name]
@@ -480,19 +448,6 @@ class Norm(nn.Module):
         old = self._sharding
         self._sharding = Sharding(self._spec, old.names, group, self._cumulative, as_torch=old.as_torch)
 
-    def _check_combination(self, track_running_stats: bool, process_group: Any) -> None:
-        """Options that exclude each other."""
-        rule = None
-        if process_group is not None and self._sharding is None:
-            rule, instead = "a process group is one of sharded axes", 'sharded="n", say'
-        elif self._cumulative is not None and track_running_stats:
-            rule = "cumulated statistics are those of x itself, and none run on from batch to batch"
-            instead = "cumulative= or track_running_stats=True"
-        if rule is not None:
-            received = f"cumulative={self._cumulative!r}, track_running_stats={track_running_stats}, "
-            received += f"process_group={shown(process_group)}"
-            raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
-
     # --- streams
 
     def step(
@@ -551,55 +506,7 @@ class Norm(nn.Module):
         >>> list(norm.updated(seen))
         ['running_mean', 'running_var', 'num_batches_tracked']
         """
-        old = self.running_mean
-        if not isinstance(seen, Moments) or (old is not None and seen.mean.shape != old.shape):
-            received = f"moments of shape {tuple(seen.mean.shape)}" if isinstance(seen, Moments) else shown(seen)
-            rule, instead = "running statistics move to Moments of the same sets", "norm(x, return_moments=True)[1]"
-            raise SpecError(say(rule, text=self._spec.text, received=received, instead=instead))
-        return self.running_statistics.updated(self, seen)
-
-    # --- state
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._static.move(fn)
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """Static labels stand between parameters and buffers."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        self._static.write(destination, prefix)
-        for key in [prefix + name for name in self._buffers]:
-            if key in destination:
-                destination[key] = destination.pop(key)
-
-    # What a key of the state names is an attribute, for those who look for it there: `torch.func.functional_call`,
-    # `torch.distributed.checkpoint`, `from_pretrained`.
-
-    def __getattr__(self, name: str) -> Any:
-        static = self.__dict__.get("_static")
-        if static is not None and name in static.names:
-            return static[static.names[name]].ids
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        static = self.__dict__.get("_static")
-        if static is not None and name in static.names:
-            static.adopt(static.names[name], value)
-        else:
-            super().__setattr__(name, value)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Pickles of earlier versions have the ids among the buffers, and flags in place of objects."""
-        if state.get("_evaluates_unseen"):
-            state = {**state, "running_statistics": replace(type(self).running_statistics, unseen=True)}
-        if isinstance(state.get("_static"), dict):
-            state = {**state, "_buffers": dict(state["_buffers"])}
-            state["_static"] = static = StaticLabels(state["_lookups"], state["_static"], torch.device("cpu"))
-            for key, name in static.names.items():
-                static.adopt(name, state["_buffers"].pop(key))
-            del state["_built"]
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        return self.running_statistics.updated_by(self, seen)
 
     def extra_repr(self) -> str:
         """What `print(norm)` shows."""
@@ -608,7 +515,8 @@ class Norm(nn.Module):
         compositions = {name: size for name, size in self._sizes.items() if not name.isidentifier()}
         said += [f"sizes={compositions}"] if compositions else []
         said += [f"{name}={self._static.get(name, count)}" for name, count in self._counts.items()]
-        said += [f"{name}='{expr}'" for name, expr in self._exprs() if expr is not None]
+        exprs = {"affine": self._affine, "conditional": self._conditional}
+        said += [f"{name}='{expr}'" for name, expr in exprs.items() if expr is not None]
         said += [f"{name}={list(p.shape)}" for name, p in self.named_parameters(recurse=False)]
         said += [f"cumulative={self._cumulative!r}"] if self._cumulative is not None else []
         said += [f"sharded={' '.join(self._sharding.names)!r}"] if self._sharding is not None else []
@@ -630,6 +538,3 @@ class Norm(nn.Module):
     def _patterns(self) -> list[tuple[Formula, bool]]:
         """What it normalizes by, and whether it evaluates by running statistics of that."""
         return [(self._formula, self.running_mean is not None)]
-
-    def _exprs(self) -> list[tuple[str, Expr | None]]:
-        return [("affine", self._affine), ("conditional", self._conditional)]

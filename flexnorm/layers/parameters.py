@@ -1,13 +1,14 @@
-"""Weight and bias of a layer: their shape, and the ones that come with a call."""
+"""What a layer is built with: options that exclude each other, and its parameters."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..axes import solve
 from ..calls.arguments import Param
-from ..errors import SpecError, say
+from ..errors import SpecError, say, shown
 from ..spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
 
 
@@ -81,3 +82,19 @@ def with_given(
             )
         )
     return (*learned, (weight, bias))
+
+
+def check_combination(
+    spec: Spec, cumulative: str | None, sharded: bool, track_running_stats: bool, process_group: Any
+) -> None:
+    """Raises where options exclude each other."""
+    rule = None
+    if process_group is not None and not sharded:
+        rule, instead = "a process group is one of sharded axes", 'sharded="n", say'
+    elif cumulative is not None and track_running_stats:
+        rule = "cumulated statistics are those of x itself, and none run on from batch to batch"
+        instead = "cumulative= or track_running_stats=True"
+    if rule is not None:
+        received = f"cumulative={cumulative!r}, track_running_stats={track_running_stats}, "
+        received += f"process_group={shown(process_group)}"
+        raise SpecError(say(rule, text=spec.text, received=received, instead=instead))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,25 @@ class RunningStatistics:
 
     unseen: bool = False
     per_set: bool = True
+
+    # --- the buffers
+
+    def build(self, layer: Any, shape: Sequence[int] | None, labelled: bool, device: Any, dtype: Any) -> None:
+        """Gives a layer its buffers; None for the shape: it keeps nothing."""
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            layer.register_buffer(name, None)
+        if shape is not None:
+            layer.running_mean = torch.empty(shape, device=device, dtype=dtype)
+            real = dtype.to_real() if dtype is not None and dtype.is_complex else dtype
+            layer.running_var = torch.empty(shape, device=device, dtype=real)
+            counts = shape if self.per_set and labelled and layer.momentum is None else ()
+            layer.num_batches_tracked = torch.empty(counts, device=device, dtype=torch.int64)
+
+    def reset(self, layer: Any) -> None:
+        """Mean 0, variance 1, no batch seen."""
+        for buffer, value in ((layer.running_mean, 0), (layer.running_var, 1), (layer.num_batches_tracked, 0)):
+            if buffer is not None:
+                buffer.fill_(value)
 
     # --- what a class of layers may do in its own way
 
@@ -84,6 +103,15 @@ class RunningStatistics:
             layer.__dict__["_collected"] = tuple(a.merge(b) for a, b in pairs) if collected else tuple(wide)
             return
         _set(layer, self.updated(layer, *seen))
+
+    def updated_by(self, layer: Any, seen: Moments) -> dict[str, Tensor]:
+        """The buffers after a batch of these moments, which a user hands in."""
+        old = layer.running_mean
+        if not isinstance(seen, Moments) or (old is not None and seen.mean.shape != old.shape):
+            received = f"moments of shape {tuple(seen.mean.shape)}" if isinstance(seen, Moments) else shown(seen)
+            rule, instead = "running statistics move to Moments of the same sets", "norm(x, return_moments=True)[1]"
+            raise SpecError(say(rule, text=layer.spec.text, received=received, instead=instead))
+        return self.updated(layer, seen)
 
     def updated(self, layer: Any, *seen: Moments) -> dict[str, Tensor]:
         """The buffers after a batch. Empty sets stay, and so do variances of one element."""
