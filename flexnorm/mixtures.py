@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .calls.arguments import Formula, Label, Options, label_missing
 from .calls.call import Call, Used
 from .calls.functional import ALONE, own_moments
+from .calls.gradients import moments_of
+from .calls.mixing import Kept, Mixing, Way, mix, reads
 from .errors import SpecError, say, shown
 from .images import broadcasts, over_pixels
 from .layers.norm import Norm, checked_momentum
@@ -67,6 +69,50 @@ class Alternatives(NamedTuple):
         distance = distance.abs() if distance.is_complex() else distance
         ratio = ((m.var + self.eps) / var).clamp(min=least).log()
         return torch.stack([t.where(some, 0) for t in ((self.noise + 1e-3).log(), distance, ratio)], -1)
+
+
+class _Unread(Alternatives):
+    """Alternatives that are worked out where a gate reads them, as if they had been when it was called."""
+
+    _work: Callable[[], Alternatives]
+
+    def __new__(cls, work: Callable[[], Alternatives]) -> _Unread:
+        made = tuple.__new__(cls, (None,) * 4)
+        made.__dict__.update(_work=work, _graph=torch.is_grad_enabled())
+        return made
+
+    def __getattribute__(self, name: str) -> Any:
+        return getattr(self.read(), name) if name in Alternatives._fields else super().__getattribute__(name)
+
+    def read(self) -> Alternatives:
+        """What it stands for."""
+        own = self.__dict__
+        if "_read" not in own:
+            with torch.set_grad_enabled(own["_graph"]):
+                own["_read"] = own.pop("_work")()
+        found: Alternatives = own["_read"]
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.read())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.read()[index]
+
+    def __eq__(self, other: object) -> bool:
+        return self.read() == (other.read() if isinstance(other, _Unread) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.read())
+
+    def __repr__(self) -> str:
+        return repr(self.read())
+
+    def _replace(self, **fields: Any) -> Alternatives:  # type: ignore[override]  # this one has been read
+        return self.read()._replace(**fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Alternatives, tuple(self.read())
 
 
 class LearnedGate(nn.Module):
@@ -255,6 +301,10 @@ class Mixture(Norm):
             **told,
         )
         self._specs, self._coarser = specs, [self._coarsening(finest, spec) for spec in specs]
+        self._ways = [
+            None if spec.sets == finest.sets else Formula(Spec.parse(pattern), Options(), (), axes)
+            for spec, (pattern, _, axes) in zip(specs, self._coarser, strict=True)
+        ]
         self.mix = mix
         self.gate = LearnedGate(len(specs), separate=mix == "moments", **made) if gate is None else gate
         self.running = nn.ModuleDict()
@@ -358,18 +408,95 @@ class Mixture(Norm):
         partitions = self._static.beside(x)
         if self._sharding is None:  # apart from the other, because a compiler knows no such block
             self._check_labels(call.names, partitions)
-            own = own_moments(call.formula, x, mask, partitions)
-            larger = self._coarsened(own, partitions)
+            own, larger = own_moments(call.formula, x, mask, partitions), None
         else:
             own, larger = self._over_ranks(call, partitions)
+        moments, track = self._of_own(call.x, own, partitions, larger)
+        return Used(moments, own, track)
 
-        def track() -> None:
-            for k, m in enumerate(larger):
-                norm = self._running_of(k)
-                if norm is not None and norm.training and norm.track_running_stats:
-                    norm._track(m)
+    def _of_own(
+        self, x: Tensor, own: Moments, partitions: Mapping[str, Partition], larger: Sequence[Moments] | None = None
+    ) -> tuple[Moments, Callable[[], None]]:
+        """From the finest moments to those that x is normalized by, and what moves the running statistics.
 
-        return Used(self._mixed(self._alternatives(own, larger, partitions)), own, track)
+        `larger` are the moments of every pattern, where they are known.
+        """
+        running = self._running_now()
+        if larger is None and reads(own):
+            ways = self._ways_by(partitions, running, own.mean.dim())
+            if ways is not None:
+                seen = _Unread(partial(self._seen, own, partitions, running))
+                both = self._logits(self.gate(seen), own)
+                composition = partial(self._composed, partitions, running)
+                wanted = tuple([self._moves(k) for k in range(len(ways))])
+                found = mix(Mixing(ways, self.eps, self.mix == "results", wanted, composition), own, both)
+                if found is not None:
+                    return found[0], partial(self._move, x, found[1])
+                larger = self._coarsened(own, partitions, running)
+                return self._mixed(seen.read(), both), partial(self._track_all, larger)
+        if larger is None:
+            larger = self._coarsened(own, partitions, running)
+        read = self._alternatives(own, larger, partitions, running)
+        return self._mixed(read, self._logits(self.gate(read), own)), partial(self._track_all, larger)
+
+    def _running_now(self) -> dict[int, Moments]:
+        """What the patterns evaluate by that evaluate by running statistics. These may move before a gradient comes."""
+        found = {}
+        for k, norm in self.running._modules.items():
+            assert isinstance(norm, Norm)
+            if not norm.training:
+                m = norm._running()
+                found[int(k)] = Moments(m.count, m.mean.clone(), m.m2.clone())
+        return found
+
+    def _moves(self, k: int) -> bool:
+        """Whether the running statistics of a pattern move with the batch."""
+        norm = self._running_of(k)
+        return norm is not None and norm.training and norm.track_running_stats
+
+    def _move(self, x: Tensor, patterns: Sequence[Kept | None]) -> None:
+        """Moves running statistics towards the moments that the library has found."""
+        for k, kept in enumerate(patterns):
+            norm = self._running_of(k)
+            if norm is not None and kept is not None and not norm._moved_in_place(x, *kept):
+                norm._track(moments_of(x, kept))
+
+    def _track_all(self, larger: Sequence[Moments]) -> None:
+        """Moves running statistics towards the moments of the patterns."""
+        for k, m in enumerate(larger):
+            norm = self._running_of(k)
+            if norm is not None and self._moves(k):
+                norm._track(m)
+
+    def _ways_by(
+        self, partitions: Mapping[str, Partition], running: Mapping[int, Moments], dims: int
+    ) -> tuple[Way, ...] | None:
+        """The ways from the finest sets to those of all patterns. None: the library does not know one."""
+        ways: list[Way] = []
+        for k, formula in enumerate(self._ways):
+            mean, var = (running[k].mean, running[k].m2) if k in running else (None, None)
+            if formula is None:
+                ways.append((None, (), mean, var))
+                continue
+            pattern, labels = formula.patterns[dims], formula.packed(partitions) if formula.lookups else ()
+            if pattern is None or labels is None:
+                return None
+            ways.append((pattern, labels, mean, var))
+        return tuple(ways)
+
+    def _seen(self, own: Moments, partitions: Mapping[str, Partition], running: Mapping[int, Moments]) -> Alternatives:
+        """What a gate reads, in torch's operations."""
+        return self._alternatives(own, self._coarsened(own, partitions, running), partitions, running)
+
+    def _composed(
+        self,
+        partitions: Mapping[str, Partition],
+        running: Mapping[int, Moments],
+        own: Moments,
+        logits: Sequence[Tensor],
+    ) -> Moments:
+        """The moments of the mixtures, in torch's operations."""
+        return self._mixed(self._seen(own, partitions, running), logits)
 
     def _running_of(self, k: int) -> Norm | None:
         """What keeps the running statistics of a pattern, if it has any."""
@@ -384,13 +511,14 @@ class Mixture(Norm):
         if missing is not None:
             raise label_missing(*self._lookups[missing])
 
-    def _coarsened(self, own: Moments, partitions: Mapping[str, Partition]) -> list[Moments]:
+    def _coarsened(
+        self, own: Moments, partitions: Mapping[str, Partition], running: Mapping[int, Moments]
+    ) -> list[Moments]:
         """The moments of every pattern; the running ones, where it evaluates by them."""
         larger = []
         for k in range(len(self._coarser)):
-            norm = self._running_of(k)
-            if norm is not None and not norm.training:
-                m = norm._running().rounded(own.m2.dtype)  # with the count of two elements, as they are known
+            if k in running:
+                m = running[k].rounded(own.m2.dtype)  # with the count of two elements, as they are known
                 larger.append(Moments(m.count.to(own.count.dtype) * 2, m.mean, m.m2 * 2, m.low))
             else:
                 larger.append(self._larger(k, own, partitions))
@@ -406,14 +534,14 @@ class Mixture(Norm):
     def _over_ranks(self, call: Call, partitions: dict[str, Partition]) -> tuple[Moments, list[Moments]]:
         """The finest moments, and those of every pattern, over all ranks. What may raise does so before these agree."""
         formula, x, mask, dynamic = call.formula, call.x, call.mask, call.names
-        params = self._params(call.weight, call.bias)
+        params, running = self._params(call.weight, call.bias), self._running_now()
         assert self._sharding is not None
         with self._sharding.ranks() as whole:  # if the finest sets go on over the ranks, all others follow from them
             if whole.groups:
                 self._check_labels(dynamic, partitions)
                 formula.prepare(x, mask, params, partitions)
                 own = own_moments(formula, x, mask, partitions, whole)
-                return own, self._coarsened(own, partitions)
+                return own, self._coarsened(own, partitions, running)
         apart = [norm is not None and not norm.training for norm in map(self._running_of, range(len(self._specs)))]
         every = [
             ALONE if runs else self._sharding.of(spec).ranks() for spec, runs in zip(self._specs, apart, strict=True)
@@ -422,7 +550,7 @@ class Mixture(Norm):
             self._check_labels(dynamic, partitions)
             formula.prepare(x, mask, params, partitions)
             own = own_moments(formula, x, mask, partitions)
-            larger = self._coarsened(own, partitions)
+            larger = self._coarsened(own, partitions, running)
             went = [(spec, m) for spec, m, ranks in zip(self._specs, larger, every, strict=True) if ranks.groups]
             what = "; ".join(f"sets of ({s.sets}), shape {tuple(m.mean.shape)}, in {m.mean.dtype}" for s, m in went)
             needed = torch.is_grad_enabled() and own.mean.requires_grad
@@ -430,13 +558,16 @@ class Mixture(Norm):
         return own, [ranks.moments(m) for m, ranks in zip(larger, every, strict=True)]
 
     def _alternatives(
-        self, own: Moments, larger: Sequence[Moments], partitions: Mapping[str, Partition]
+        self,
+        own: Moments,
+        larger: Sequence[Moments],
+        partitions: Mapping[str, Partition],
+        running: Mapping[int, Moments],
     ) -> Alternatives:
         """The moments of all patterns, for every set of the finest."""
-        every, running = [], []
+        every = []
         for k, (pattern, read, sizes) in enumerate(self._coarser):
-            norm, m = self._running_of(k), larger[k]
-            running.append(norm is not None and not norm.training)
+            m = larger[k]
             if self._specs[k].sets != self._spec.sets:
                 labels = {name: partitions[name] for name in read}
                 m = m.refine(pattern, own.mean.shape, sizes=sizes, **labels)
@@ -444,13 +575,13 @@ class Mixture(Norm):
         moments = each(lambda *fields: torch.stack(fields, -1), *every)
         some = moments.count > 0
         known = some & (moments.m2 > 0) if own.count.is_floating_point() else moments.count > 1
-        return Alternatives(moments, known | (some & ~known.any(-1, keepdim=True)), tuple(running), self.eps)
+        known = known | (some & ~known.any(-1, keepdim=True))
+        return Alternatives(moments, known, tuple([k in running for k in range(len(every))]), self.eps)
 
-    def _mixed(self, seen: Alternatives) -> Moments:
-        said = self.gate(seen)
+    def _logits(self, said: Any, own: Moments) -> tuple[Tensor, ...]:
+        """What a gate has said: the logits of means and variances, or of both."""
         both = said if isinstance(said, tuple) else (said,)
-        m = Moments(seen.moments.count.where(seen.known, 0), seen.moments.mean, seen.moments.m2, seen.moments.low)
-        shape = tuple(m.mean.shape)
+        shape = (*own.mean.shape, len(self._specs))
         if not 1 <= len(both) <= (2 if self.mix == "moments" else 1) or not all(
             _fits(logits, shape) for logits in both
         ):
@@ -458,6 +589,10 @@ class Mixture(Norm):
             rule = f"a gate returns floating logits that broadcast to ({self._spec.sets} patterns), {shape} here{pair}"
             received = f"{type(self.gate).__name__}: {', '.join(map(shown, both)) or 'nothing'}"
             raise SpecError(say(rule, received=received, instead=f"logits of shape {shape}, or {shape[-1:]}"))
+        return both
+
+    def _mixed(self, seen: Alternatives, both: Sequence[Tensor]) -> Moments:
+        m = Moments(seen.moments.count.where(seen.known, 0), seen.moments.mean, seen.moments.m2, seen.moments.low)
         weights = [logits.to(m.m2.dtype).softmax(-1) for logits in both]
         return m.mixed(*weights) if self.mix == "moments" else m.mixed_results(weights[0], self.eps)
 
