@@ -339,7 +339,8 @@ class Mixture(Norm):
     @property
     def track_running_stats(self) -> bool:
         """Whether any pattern runs on. Set to False, all of them evaluate by what they have, and stay."""
-        return any(norm.track_running_stats for norm in self._runs())
+        runs = self._runs()
+        return len(runs) > 0 and any(norm.track_running_stats for norm in runs)
 
     @track_running_stats.setter
     def track_running_stats(self, value: bool) -> None:
@@ -359,7 +360,7 @@ class Mixture(Norm):
 
     def _runs(self) -> list[Norm]:
         found = self.__dict__.get("_modules", {}).get("running")
-        return [] if found is None else [norm for norm in found.values() if isinstance(norm, Norm)]
+        return [] if found is None else [norm for norm in found._modules.values() if isinstance(norm, Norm)]
 
     def updated(self, seen: Moments, *, labels: Mapping[str, Label] | None = None, **names: Label) -> dict[str, Tensor]:
         """The running statistics after a batch, as buffers of this layer. Nothing is changed.
@@ -407,7 +408,8 @@ class Mixture(Norm):
             norm._check_kind(x)
         partitions = self._static.beside(x)
         if self._sharding is None:  # apart from the other, because a compiler knows no such block
-            self._check_labels(call.names, partitions)
+            if self._lookups or call.names:
+                self._check_labels(call.names, partitions)
             own, larger = own_moments(call.formula, x, mask, partitions), None
         else:
             own, larger = self._over_ranks(call, partitions)
@@ -426,12 +428,13 @@ class Mixture(Norm):
             ways = self._ways_by(partitions, running, own.mean.dim())
             if ways is not None:
                 seen = _Unread(partial(self._seen, own, partitions, running))
-                both = self._logits(self.gate(seen), own)
+                both = self._logits(self._modules["gate"](seen), own)  # type: ignore[misc]
+                moving = self._moving()
+                wanted = tuple([k in moving for k in range(len(ways))]) if moving else ()
                 composition = partial(self._composed, partitions, running)
-                wanted = tuple([self._moves(k) for k in range(len(ways))])
                 found = mix(Mixing(ways, self.eps, self.mix == "results", wanted, composition), own, both)
                 if found is not None:
-                    return found[0], partial(self._move, x, found[1])
+                    return found[0], partial(self._move, x, moving, found[1]) if moving else _nothing
                 larger = self._coarsened(own, partitions, running)
                 return self._mixed(seen.read(), both), partial(self._track_all, larger)
         if larger is None:
@@ -441,32 +444,34 @@ class Mixture(Norm):
 
     def _running_now(self) -> dict[int, Moments]:
         """What the patterns evaluate by that evaluate by running statistics. These may move before a gradient comes."""
-        found = {}
-        for k, norm in self.running._modules.items():
-            assert isinstance(norm, Norm)
+        found: dict[int, Moments] = {}
+        for k, norm in self._keepers():
             if not norm.training:
                 m = norm._running()
-                found[int(k)] = Moments(m.count, m.mean.clone(), m.m2.clone())
+                found[k] = Moments(m.count, m.mean.clone(), m.m2.clone())
         return found
 
-    def _moves(self, k: int) -> bool:
-        """Whether the running statistics of a pattern move with the batch."""
-        norm = self._running_of(k)
-        return norm is not None and norm.training and norm.track_running_stats
+    def _keepers(self) -> list[tuple[int, Norm]]:
+        """What keeps running statistics, with the numbers of their patterns."""
+        running: Any = self._modules["running"]
+        return [(int(k), norm) for k, norm in running._modules.items()]
 
-    def _move(self, x: Tensor, patterns: Sequence[Kept | None]) -> None:
+    def _moving(self) -> dict[int, Norm]:
+        """Those patterns whose running statistics move with the batch."""
+        return {k: norm for k, norm in self._keepers() if norm.training and norm.track_running_stats}
+
+    def _move(self, x: Tensor, moving: Mapping[int, Norm], patterns: Sequence[Kept | None]) -> None:
         """Moves running statistics towards the moments that the library has found."""
-        for k, kept in enumerate(patterns):
-            norm = self._running_of(k)
-            if norm is not None and kept is not None and not norm._moved_in_place(x, *kept):
+        for k, norm in moving.items():
+            kept = patterns[k]
+            assert kept is not None
+            if not norm._moved_in_place(x, *kept):
                 norm._track(moments_of(x, kept))
 
     def _track_all(self, larger: Sequence[Moments]) -> None:
         """Moves running statistics towards the moments of the patterns."""
-        for k, m in enumerate(larger):
-            norm = self._running_of(k)
-            if norm is not None and self._moves(k):
-                norm._track(m)
+        for k, norm in self._moving().items():
+            norm._track(larger[k])
 
     def _ways_by(
         self, partitions: Mapping[str, Partition], running: Mapping[int, Moments], dims: int
@@ -837,10 +842,16 @@ def _with_one_left_side(patterns: Sequence[str]) -> list[Spec]:
     return specs
 
 
+def _nothing() -> None:
+    """No running statistics move."""
+
+
 def _fits(logits: object, shape: Sequence[int]) -> bool:
     """Whether these are logits of so many sets and patterns, or broadcast to them."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or not 1 <= logits.dim() <= len(shape):
         return False
+    if logits.dim() == 1:
+        return logits.shape[0] == shape[-1]
     sizes = shape[len(shape) - logits.dim() :]
     return broadcasts(logits, sizes) and logits.shape[-1] == shape[-1]
 

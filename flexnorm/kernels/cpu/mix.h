@@ -54,45 +54,54 @@ struct Mixture {
     std::vector<Way> ways;
     Logits of_means, of_vars;
     bool apart = false;  // variances have logits of their own
+    bool alike = false;  // all sets have the same shares of moments, as one row of logits gives where all is known
 
     // As `pool` in statistics.py: deviations from one of the set, so that equal values have none, then from the mean.
     void merge(Way& w) const {
         w.n.assign(size_t(w.sets), 0), w.mean.assign(size_t(w.sets), 0), w.low.assign(size_t(w.sets), 0);
         w.m2.assign(size_t(w.sets), 0);
         std::vector<double> own_rest(size_t(w.sets), 0);
-        double *wn = w.n.data(), *high = w.mean.data(), *rest_low = w.low.data(), *square = w.m2.data();
-        double* rest = own_rest.data();
-        for (int64_t s = 0; s < total; ++s) {
-            const int64_t j = w.at[size_t(s)];
-            const double count = n[size_t(s)];
-            if (!(count > 0)) continue;
-            if (wn[j] == 0) high[j] = mean[size_t(s)], rest_low[j] = low[size_t(s)];
-            wn[j] += count;
-            rest[j] += count * ((mean[size_t(s)] - high[j]) + (low[size_t(s)] - rest_low[j]));
+        double *wn = w.n.data(), *high = w.mean.data(), *lower = w.low.data(), *square = w.m2.data(), *rest = own_rest.data();
+        const double *count = n.data(), *means = mean.data(), *lows = low.data(), *squares = m2.data();
+        const int32_t* at = w.at.data();
+        const int64_t all = total;
+        for (int64_t s = 0; s < all; ++s) {
+            const int64_t j = at[s];
+            if (!(count[s] > 0)) continue;
+            if (wn[j] == 0) high[j] = means[s], lower[j] = lows[s];
+            wn[j] += count[s];
+            rest[j] += count[s] * ((means[s] - high[j]) + (lows[s] - lower[j]));
         }
         for (int64_t j = 0; j < w.sets; ++j)
             if (wn[j] > 0) rest[j] /= wn[j];
-        for (int64_t s = 0; s < total; ++s) {
-            const int64_t j = w.at[size_t(s)];
-            const double count = n[size_t(s)];
-            if (!(count > 0)) continue;
-            const double d = ((mean[size_t(s)] - high[j]) + (low[size_t(s)] - rest_low[j])) - rest[j];
-            square[j] += m2[size_t(s)] + count * d * d;
+        for (int64_t s = 0; s < all; ++s) {
+            const int64_t j = at[s];
+            if (!(count[s] > 0)) continue;
+            const double d = ((means[s] - high[j]) + (lows[s] - lower[j])) - rest[j];
+            square[j] += squares[s] + count[s] * d * d;
         }
         for (int64_t j = 0; j < w.sets; ++j) {
             const double whole = high[j] + rest[j];
-            rest_low[j] += (high[j] - whole) + rest[j];
+            lower[j] += (high[j] - whole) + rest[j];
             high[j] = whole;
         }
     }
 
     // The moments of all patterns.
     void prepare() {
+        alike = !results && of_means.same && (!apart || of_vars.same);
         for (Way& w : ways) {
             if (w.at.empty() && !w.runs) w.n = n, w.mean = mean, w.low = low, w.m2 = m2, w.sets = total;
             else if (!w.runs) merge(w);
             w.var.resize(size_t(w.sets));
-            for (size_t j = 0; j < size_t(w.sets); ++j) w.var[j] = w.n[j] > 0 ? w.m2[j] / w.n[j] : 0;
+            bool every = true;
+            double* var = w.var.data();
+            const double *count = w.n.data(), *square = w.m2.data();
+            for (int64_t j = 0; j < w.sets; ++j) {
+                var[j] = count[j] > 0 ? square[j] / count[j] : 0;
+                every = every & (weighs ? (count[j] > 0) & (square[j] > 0) : count[j] > 1);
+            }
+            alike = alike && every;
             if (!results) continue;
             w.rate.resize(size_t(w.sets));
             for (size_t j = 0; j < size_t(w.sets); ++j) {
@@ -203,15 +212,59 @@ struct Mixture {
         return m;
     }
 
+    // Calls f(set of the pattern, set) for all finest sets.
+    template <class F>
+    void along(const Way& way, F f) const {
+        const int64_t all = total;
+        const int32_t* at = way.at.data();
+        if (way.at.empty())
+            for (int64_t s = 0; s < all; ++s) f(s, s);
+        else
+            for (int64_t s = 0; s < all; ++s) f(int64_t(at[s]), s);
+    }
+
+    // What `mixed` says, pattern by pattern, where all sets have the same shares.
+    struct Alike {
+        Shares w, v;
+        std::vector<double> count, shift, rest, var;
+    };
+
+    Alike mixed_alike() const {
+        Alike m;
+        const int ways_ = int(ways.size());
+        const uint64_t bits = ways_ < 64 ? (uint64_t(1) << ways_) - 1 : ~uint64_t(0);
+        m.w.take(of_means, 0, bits, ways_), m.v.take(apart ? of_vars : of_means, 0, bits, ways_);
+        for (auto* field : {&m.count, &m.shift, &m.rest, &m.var}) field->assign(size_t(total), 0);
+        double *count = m.count.data(), *shift = m.shift.data(), *rest = m.rest.data(), *var = m.var.data();
+        for (int k = 0; k < ways_; ++k) {
+            const Way& way = ways[size_t(k)];
+            const double *n_of = way.n.data(), *high = way.mean.data(), *lower = way.low.data(), *of_var = way.var.data();
+            const double w_k = m.w.of[k], v_k = m.v.of[k];
+            if (k == 0) along(way, [&](int64_t j, int64_t s) { shift[s] = high[j]; });
+            along(way, [&](int64_t j, int64_t s) {
+                count[s] += w_k * n_of[j], rest[s] += w_k * ((high[j] - shift[s]) + lower[j]), var[s] += v_k * of_var[j];
+            });
+        }
+        return m;
+    }
+
     template <class T>
     void forward(T* to_count, T* to_mean, T* to_m2, T* to_low) const {
-        double weighed[MOST_WAYS];
-        each([&](int64_t s, const One& one) {
-            const double rate = results ? weigh(one, weighed) : 0;
-            const Mixed m = mixed(one, results ? weighed : one.w, rate);
+        auto put = [=](int64_t s, const Mixed& m) {
             const T high = T(m.shift + m.rest), count = T(m.count);
             to_count[s] = count, to_mean[s] = high, to_m2[s] = T(m.var * double(count));
             to_low[s] = T((m.shift - double(high)) + m.rest);
+        };
+        if (alike) {
+            const Alike m = mixed_alike();
+            const double *count = m.count.data(), *shift = m.shift.data(), *rest = m.rest.data(), *var = m.var.data();
+            for (int64_t s = 0, all = total; s < all; ++s) put(s, Mixed{count[s], shift[s], rest[s], var[s]});
+            return;
+        }
+        double weighed[MOST_WAYS];
+        each([&](int64_t s, const One& one) {
+            const double rate = results ? weigh(one, weighed) : 0;
+            put(s, mixed(one, results ? weighed : one.w, rate));
         });
     }
 
@@ -222,8 +275,27 @@ struct Mixture {
         for (size_t k = 0; k < ways.size(); ++k)
             if (!ways[k].runs) g_mean[k].assign(size_t(ways[k].sets), 0), g_var[k].assign(size_t(ways[k].sets), 0);
         of_means.gradient.assign(of_means.value.size(), 0), of_vars.gradient.assign(of_vars.value.size(), 0);
+        if (alike) {
+            const Alike m = mixed_alike();
+            const double *g = of_mean.data(), *g2 = of_m2.data();
+            const double *of_count = m.count.data(), *shift = m.shift.data(), *rest = m.rest.data(), *var = m.var.data();
+            for (int k = 0; k < count; ++k) {
+                const Way& way = ways[size_t(k)];
+                const double *high = way.mean.data(), *lower = way.low.data(), *of_var = way.var.data();
+                const double w_k = m.w.of[k], v_k = m.v.of[k];
+                double of_w = 0, of_v = 0, *to_g = g_mean[size_t(k)].data(), *to_g2 = g_var[size_t(k)].data();
+                along(way, [&](int64_t j, int64_t s) {
+                    of_w += g[s] * (((high[j] - shift[s]) + lower[j]) - rest[s]);
+                    of_v += g2[s] * of_count[s] * (of_var[j] - var[s]);
+                });
+                of_means.gradient[size_t(k)] += w_k * of_w;
+                (apart ? of_vars : of_means).gradient[size_t(k)] += v_k * of_v;
+                if (way.runs) continue;
+                along(way, [&](int64_t j, int64_t s) { to_g[j] += w_k * g[s], to_g2[j] += v_k * (g2[s] * of_count[s]); });
+            }
+        }
         double weighed[MOST_WAYS], g_share[MOST_WAYS];
-        each([&](int64_t s, const One& one) {
+        if (!alike) each([&](int64_t s, const One& one) {
             const double rate = results ? weigh(one, weighed) : 0;
             const double* share = results ? weighed : one.w;
             const Mixed m = mixed(one, share, rate);
@@ -259,13 +331,16 @@ struct Mixture {
         for (size_t k = 0; k < ways.size(); ++k) {
             const Way& way = ways[k];
             if (way.runs) continue;
-            for (int64_t s = 0; s < total; ++s) {
-                const size_t j = size_t(way.place(s)), i = size_t(s);
-                if (!(n[i] > 0)) continue;
-                const double away = (mean[i] - way.mean[j]) + (low[i] - way.low[j]), g = g_var[k][j] / way.n[j];
-                to_mean[i] += n[i] * (g_mean[k][j] / way.n[j] + 2 * g * away);
-                to_m2[i] += g;
-            }
+            double *g = g_mean[k].data(), *g2 = g_var[k].data();
+            const double *of_n = way.n.data(), *high = way.mean.data(), *lower = way.low.data();
+            const double *own_n = n.data(), *own = mean.data(), *own_low = low.data();
+            for (int64_t j = 0; j < way.sets; ++j)
+                if (of_n[j] > 0) g[j] /= of_n[j], g2[j] /= of_n[j];
+            along(way, [&](int64_t j, int64_t s) {
+                if (!(own_n[s] > 0)) return;
+                to_mean[s] += own_n[s] * (g[j] + 2 * g2[j] * ((own[s] - high[j]) + (own_low[s] - lower[j])));
+                to_m2[s] += g2[j];
+            });
         }
     }
 };

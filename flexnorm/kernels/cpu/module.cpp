@@ -757,7 +757,7 @@ PyObject* larger(const Way& w, int64_t type, bool whole) {
     return PyTuple_Pack(2, packed.get(), count.get());
 }
 
-// mix(as `mixture_of`, for which patterns the moments are wanted): count, mean, m2, low of the mixtures, and a tuple of
+// mix(as `mixture_of`, for which patterns the moments are wanted; an empty tuple: none): count, mean, m2, low of the mixtures, and a tuple of
 // (moments [3, *sets], count) or None for each pattern
 PyObject* mix(PyObject*, PyObject* const* a, Py_ssize_t n) {
     if (n != 10) return PyErr_Format(PyExc_TypeError, "mix takes 10 arguments");
@@ -774,10 +774,11 @@ PyObject* mix(PyObject*, PyObject* const* a, Py_ssize_t n) {
     };
     if (sets.type == F64) go(static_cast<double*>(nullptr));
     else go(static_cast<float*>(nullptr));
+    const size_t wanted = size_t(PyTuple_Size(a[9]));
     Ref all(PyTuple_New(Py_ssize_t(m.ways.size())));
     for (size_t k = 0; all && k < m.ways.size(); ++k) {
         PyObject* one = Py_None;
-        if (PyObject_IsTrue(PyTuple_GetItem(a[9], Py_ssize_t(k)))) one = larger(m.ways[k], sets.type, whole);
+        if (k < wanted && PyObject_IsTrue(PyTuple_GetItem(a[9], Py_ssize_t(k)))) one = larger(m.ways[k], sets.type, whole);
         else Py_INCREF(one);
         if (!one) return nullptr;
         PyTuple_SetItem(all.get(), Py_ssize_t(k), one);
