@@ -301,10 +301,6 @@ class Mixture(Norm):
             **told,
         )
         self._specs, self._coarser = specs, [self._coarsening(finest, spec) for spec in specs]
-        self._ways = [
-            None if spec.sets == finest.sets else Formula(Spec.parse(pattern), Options(), (), axes)
-            for spec, (pattern, _, axes) in zip(specs, self._coarser, strict=True)
-        ]
         self.mix = mix
         self.gate = LearnedGate(len(specs), separate=mix == "moments", **made) if gate is None else gate
         self.running = nn.ModuleDict()
@@ -477,8 +473,14 @@ class Mixture(Norm):
         self, partitions: Mapping[str, Partition], running: Mapping[int, Moments], dims: int
     ) -> tuple[Way, ...] | None:
         """The ways from the finest sets to those of all patterns. None: the library does not know one."""
+        formulas: list[Formula | None] | None = self.__dict__.get("_formulas")
+        if formulas is None:  # in no pickle of earlier versions
+            formulas = self.__dict__["_formulas"] = [
+                None if spec.sets == self._spec.sets else Formula(Spec.parse(pattern), Options(), (), sizes)
+                for spec, (pattern, _, sizes) in zip(self._specs, self._coarser, strict=True)
+            ]
         ways: list[Way] = []
-        for k, formula in enumerate(self._ways):
+        for k, formula in enumerate(formulas):
             mean, var = (running[k].mean, running[k].m2) if k in running else (None, None)
             if formula is None:
                 ways.append((None, (), mean, var))

@@ -97,6 +97,8 @@ class Mixed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Any, dmean: Tensor | None, dm2: Tensor | None, *__: Any) -> tuple[Tensor | None, ...]:
+        if dmean is None and dm2 is None:
+            return (None,) * 8
         count, mean, m2, low, of_means, of_vars = ctx.saved_tensors
         how: Mixing = ctx.how
         if not torch.is_grad_enabled() and not seen_through((dmean, dm2)):
