@@ -402,7 +402,7 @@ class Mixture(Norm):
         x, mask = call.x, call.mask
         for norm in self._runs():
             norm._check_kind(x)
-        partitions = self._static.beside(x)
+        partitions = self._static.beside(x) if self._static.held else {}
         if self._sharding is None:  # apart from the other, because a compiler knows no such block
             if self._lookups or call.names:
                 self._check_labels(call.names, partitions)

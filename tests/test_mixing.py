@@ -132,6 +132,35 @@ def test_equal_values_have_no_variance(value, mix, monkeypatch):
     assert (norm(torch.full((5, 7, 9), value)) == 0).all()
 
 
+@pytest.mark.parametrize("mix", ["moments", "results"])
+def test_weights_do_not_count(mix, monkeypatch):
+    """Of weights a set is known that has a variance, whatever their sum: 0.02 of three, and not 3 of one."""
+    weights = torch.tensor(
+        [[0.01, 0.005, 0.005, 0.0], [3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [2.0, 0.0, 1.0, 0.5]]
+    )
+    norm = Mixture(["b t c, b t -> b c", "b t c, b t -> b", "b t c, b t -> c"], mix=mix)
+    own = flexnorm.moments(torch.randn(4, 4, 5), "b t c, b t -> b c", weights)
+    found, expected = by_library(norm, own, {}, monkeypatch), composed(norm, own, {})
+    assert_same(norm, found, expected, eps=torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("nothing", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("mix", ["moments", "results"])
+def test_the_mean_of_nothing_says_nothing(nothing, mix, monkeypatch):
+    norm = Mixture(PATTERNS, mix=mix)
+    own = flexnorm.moments(torch.randn(3, 4, 5), PATTERNS[0])
+    empty = torch.zeros(3, 4, dtype=torch.bool)
+    empty[0, 0] = empty[1, 2] = True
+    empty[:, 3] = True
+    own = Moments(own.count.where(~empty, 0), *(t.where(~empty, nothing) for t in (own.mean, own.m2, own._low)))
+    zeros = Moments(own.count, *(t.where(~empty, 0) for t in (own.mean, own.m2, own._low)))
+    found, expected = by_library(norm, own, {}, monkeypatch), by_library(norm, zeros, {}, monkeypatch)
+    for got, want in zip(found[1]._fields, expected[1]._fields, strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(gradients(norm, *found), gradients(norm, *expected), strict=True):
+        assert torch.equal(got, want)
+
+
 class Said(nn.Module):
     """A gate that says what it is told."""
 
