@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from .calls.arguments import Formula, Label, Options, label_missing
 from .calls.call import ALONE, Call, Used
+from .calls.gradients import moments_of
+from .calls.mixing import Kept, Mixing, Way, mix, reads
 from .calls.ranks import Ranks
 from .errors import SpecError, say, shown
 from .images import broadcasts, over_pixels
@@ -69,6 +71,50 @@ class Alternatives(NamedTuple):
         distance = distance.abs() if distance.is_complex() else distance
         ratio = ((m.var + self.eps) / var).clamp(min=least).log()
         return torch.stack([t.where(some, 0) for t in ((self.noise + 1e-3).log(), distance, ratio)], -1)
+
+
+class _Unread(Alternatives):
+    """Alternatives that are worked out where a gate reads them, as if they had been when it was called."""
+
+    _work: Callable[[], Alternatives]
+
+    def __new__(cls, work: Callable[[], Alternatives]) -> _Unread:
+        made = tuple.__new__(cls, (None,) * 4)
+        made.__dict__.update(_work=work, _graph=torch.is_grad_enabled())
+        return made
+
+    def __getattribute__(self, name: str) -> Any:
+        return getattr(self.read(), name) if name in Alternatives._fields else super().__getattribute__(name)
+
+    def read(self) -> Alternatives:
+        """What it stands for."""
+        own = self.__dict__
+        if "_read" not in own:
+            with torch.set_grad_enabled(own["_graph"]):
+                own["_read"] = own.pop("_work")()
+        found: Alternatives = own["_read"]
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.read())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.read()[index]
+
+    def __eq__(self, other: object) -> bool:
+        return self.read() == (other.read() if isinstance(other, _Unread) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.read())
+
+    def __repr__(self) -> str:
+        return repr(self.read())
+
+    def _replace(self, **fields: Any) -> Alternatives:  # type: ignore[override]  # this one has been read
+        return self.read()._replace(**fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Alternatives, tuple(self.read())
 
 
 class LearnedGate(nn.Module):
@@ -291,7 +337,8 @@ class Mixture(Norm):
     @property
     def track_running_stats(self) -> bool:
         """Whether any pattern runs on. Set to False, all of them evaluate by what they have, and stay."""
-        return any(norm.track_running_stats for norm in self._runs())
+        runs = self._runs()
+        return len(runs) > 0 and any(norm.track_running_stats for norm in runs)
 
     @track_running_stats.setter
     def track_running_stats(self, value: bool) -> None:
@@ -311,7 +358,7 @@ class Mixture(Norm):
 
     def _runs(self) -> list[Norm]:
         found = self.__dict__.get("_modules", {}).get("running")
-        return [] if found is None else [norm for norm in found.values() if isinstance(norm, Norm)]
+        return [] if found is None else [norm for norm in found._modules.values() if isinstance(norm, Norm)]
 
     def updated(self, seen: Moments, *, labels: Mapping[str, Label] | None = None, **names: Label) -> dict[str, Tensor]:
         """The running statistics after a batch, as buffers of this layer. Nothing is changed.
@@ -354,26 +401,17 @@ class Mixture(Norm):
 
     def used(self, call: Call, own: Moments) -> Used:
         """The moments of all patterns, mixed. The moments of the finest sets are what is seen."""
-        larger = self._coarsened(own, call.names)
-        ranks = call.ranks
-        if (
-            ranks is not None and ranks.agreeing
-        ):  # the sets of some patterns go on over ranks, and the finest sets do not
-            every = self._ranks_of_all()
+        larger, ranks = None, call.ranks
+        if ranks is not None and ranks.agreeing:  # some patterns go on over ranks, and the finest sets do not
+            larger, every = self._coarsened(own, call.names, self._running_now()), self._ranks_of_all()
             went = [(spec, m) for spec, m, whole in zip(self._specs, larger, every, strict=True) if whole.groups]
             what = "; ".join(f"sets of ({s.sets}), shape {tuple(m.mean.shape)}, in {m.mean.dtype}" for s, m in went)
             call.formula.prepare(call.x, call.mask, call.stages, call.names)
             needed = torch.is_grad_enabled() and own.mean.requires_grad
             ranks.agree_on(what, differentiated=needed, needed=needed)
             larger = [whole.moments(m) for m, whole in zip(larger, every, strict=True)]
-
-        def track() -> None:
-            for k, m in enumerate(larger):
-                norm = self._running_of(k)
-                if norm is not None and norm.training and norm.track_running_stats:
-                    norm.running_statistics.track(norm, m)
-
-        return Used(self._mixed(self._alternatives(own, larger, call.names)), own, track)
+        moments, track = self._of_own(call.x, own, call.names, larger)
+        return Used(moments, own, track)
 
     def fit_call(self, call: Call) -> Call:
         """The labels of all patterns are given, and running statistics are of the kind of x."""
@@ -381,17 +419,11 @@ class Mixture(Norm):
         for norm in self._runs():
             if norm.running_mean is not None:
                 norm.running_statistics.check_kind(norm, call.x, norm.running_mean)
-        missing = next(
-            (
-                name
-                for _, read, _ in self._coarser
-                for name in read
-                if name not in call.names and name not in self.labels
-            ),
-            None,
-        )
-        if missing is not None and call.moments is None:
-            raise label_missing(*self._lookups[missing])
+        if self._lookups and call.moments is None:
+            known = {*call.names, *self.labels}
+            missing = next((name for _, read, _ in self._coarser for name in read if name not in known), None)
+            if missing is not None:
+                raise label_missing(*self._lookups[missing])
         return call
 
     def ranks(self) -> Ranks:
@@ -411,20 +443,113 @@ class Mixture(Norm):
             for k, spec in enumerate(self._specs)
         ]
 
+    def _of_own(
+        self, x: Tensor, own: Moments, partitions: Mapping[str, Partition], larger: Sequence[Moments] | None = None
+    ) -> tuple[Moments, Callable[[], None]]:
+        """From the finest moments to those that x is normalized by, and what moves the running statistics.
+
+        `larger` are the moments of every pattern, where they are known.
+        """
+        running = self._running_now()
+        if larger is None and reads(own):
+            ways = self._ways_by(partitions, running, own.mean.dim())
+            if ways is not None:
+                seen = _Unread(partial(self._seen, own, partitions, running))
+                both = self._logits(self._modules["gate"](seen), own)  # type: ignore[misc]
+                moving = self._moving()
+                wanted = tuple([k in moving for k in range(len(ways))]) if moving else ()
+                composition = partial(self._composed, partitions, running)
+                found = mix(Mixing(ways, self.eps, self.mix == "results", wanted, composition), own, both)
+                if found is not None:
+                    return found[0], partial(self._move, x, moving, found[1]) if moving else _nothing
+                larger = self._coarsened(own, partitions, running)
+                return self._mixed(seen.read(), both), partial(self._track_all, larger)
+        if larger is None:
+            larger = self._coarsened(own, partitions, running)
+        read = self._alternatives(own, larger, partitions, running)
+        return self._mixed(read, self._logits(self.gate(read), own)), partial(self._track_all, larger)
+
+    def _running_now(self) -> dict[int, Moments]:
+        """What the patterns evaluate by that evaluate by running statistics. These may move before a gradient comes."""
+        found: dict[int, Moments] = {}
+        for k, norm in self._keepers():
+            if not norm.training:
+                m = norm.running_statistics.moments(norm)
+                found[k] = Moments(m.count, m.mean.clone(), m.m2.clone())
+        return found
+
+    def _keepers(self) -> list[tuple[int, Norm]]:
+        """What keeps running statistics, with the numbers of their patterns."""
+        running: Any = self._modules["running"]
+        return [(int(k), norm) for k, norm in running._modules.items()]
+
+    def _moving(self) -> dict[int, Norm]:
+        """Those patterns whose running statistics move with the batch."""
+        return {k: norm for k, norm in self._keepers() if norm.training and norm.track_running_stats}
+
+    def _move(self, x: Tensor, moving: Mapping[int, Norm], patterns: Sequence[Kept | None]) -> None:
+        """Moves running statistics towards the moments that the library has found."""
+        for k, norm in moving.items():
+            kept = patterns[k]
+            assert kept is not None
+            if not norm.running_statistics.moved_in_place(norm, x, *kept):
+                norm.running_statistics.track(norm, moments_of(x, kept))
+
+    def _track_all(self, larger: Sequence[Moments]) -> None:
+        """Moves running statistics towards the moments of the patterns."""
+        for k, norm in self._moving().items():
+            norm.running_statistics.track(norm, larger[k])
+
+    def _ways_by(
+        self, partitions: Mapping[str, Partition], running: Mapping[int, Moments], dims: int
+    ) -> tuple[Way, ...] | None:
+        """The ways from the finest sets to those of all patterns. None: the library does not know one."""
+        formulas: list[Formula | None] | None = self.__dict__.get("_formulas")
+        if formulas is None:  # in no pickle of earlier versions
+            formulas = self.__dict__["_formulas"] = [
+                None if spec.sets == self._spec.sets else Formula(Spec.parse(pattern), Options(), (), sizes)
+                for spec, (pattern, _, sizes) in zip(self._specs, self._coarser, strict=True)
+            ]
+        ways: list[Way] = []
+        for k, formula in enumerate(formulas):
+            mean, var = (running[k].mean, running[k].m2) if k in running else (None, None)
+            if formula is None:
+                ways.append((None, (), mean, var))
+                continue
+            pattern, labels = formula.patterns[dims], formula.packed(partitions) if formula.lookups else ()
+            if pattern is None or labels is None:
+                return None
+            ways.append((pattern, labels, mean, var))
+        return tuple(ways)
+
+    def _seen(self, own: Moments, partitions: Mapping[str, Partition], running: Mapping[int, Moments]) -> Alternatives:
+        """What a gate reads, in torch's operations."""
+        return self._alternatives(own, self._coarsened(own, partitions, running), partitions, running)
+
+    def _composed(
+        self,
+        partitions: Mapping[str, Partition],
+        running: Mapping[int, Moments],
+        own: Moments,
+        logits: Sequence[Tensor],
+    ) -> Moments:
+        """The moments of the mixtures, in torch's operations."""
+        return self._mixed(self._seen(own, partitions, running), logits)
+
     def _running_of(self, k: int) -> Norm | None:
         """What keeps the running statistics of a pattern, if it has any."""
         norm = self.running[str(k)] if str(k) in self.running else None  # noqa: SIM401  # a ModuleDict has no get
         assert norm is None or isinstance(norm, Norm)
         return norm
 
-    def _coarsened(self, own: Moments, partitions: Mapping[str, Partition]) -> list[Moments]:
+    def _coarsened(
+        self, own: Moments, partitions: Mapping[str, Partition], running: Mapping[int, Moments]
+    ) -> list[Moments]:
         """The moments of every pattern; the running ones, where it evaluates by them."""
         larger = []
         for k in range(len(self._coarser)):
-            norm = self._running_of(k)
-            if norm is not None and not norm.training:
-                # The count of two elements says that the moments are known.
-                m = norm.running_statistics.moments(norm).rounded(own.m2.dtype)
+            if k in running:
+                m = running[k].rounded(own.m2.dtype)  # with the count of two elements, as they are known
                 larger.append(Moments(m.count.to(own.count.dtype) * 2, m.mean, m.m2 * 2, m.low))
             else:
                 larger.append(self._larger(k, own, partitions))
@@ -438,13 +563,16 @@ class Mixture(Norm):
         return own.coarsen(pattern, sizes=sizes, **{name: partitions[name] for name in read})
 
     def _alternatives(
-        self, own: Moments, larger: Sequence[Moments], partitions: Mapping[str, Partition]
+        self,
+        own: Moments,
+        larger: Sequence[Moments],
+        partitions: Mapping[str, Partition],
+        running: Mapping[int, Moments],
     ) -> Alternatives:
         """The moments of all patterns, for every set of the finest."""
-        every, running = [], []
+        every = []
         for k, (pattern, read, sizes) in enumerate(self._coarser):
-            norm, m = self._running_of(k), larger[k]
-            running.append(norm is not None and not norm.training)
+            m = larger[k]
             if self._specs[k].sets != self._spec.sets:
                 labels = {name: partitions[name] for name in read}
                 m = m.refine(pattern, own.mean.shape, sizes=sizes, **labels)
@@ -452,13 +580,13 @@ class Mixture(Norm):
         moments = each(lambda *fields: torch.stack(fields, -1), *every)
         some = moments.count > 0
         known = some & (moments.m2 > 0) if own.count.is_floating_point() else moments.count > 1
-        return Alternatives(moments, known | (some & ~known.any(-1, keepdim=True)), tuple(running), self.eps)
+        known = known | (some & ~known.any(-1, keepdim=True))
+        return Alternatives(moments, known, tuple([k in running for k in range(len(every))]), self.eps)
 
-    def _mixed(self, seen: Alternatives) -> Moments:
-        said = self.gate(seen)
+    def _logits(self, said: Any, own: Moments) -> tuple[Tensor, ...]:
+        """What a gate has said: the logits of means and variances, or of both."""
         both = said if isinstance(said, tuple) else (said,)
-        m = Moments(seen.moments.count.where(seen.known, 0), seen.moments.mean, seen.moments.m2, seen.moments.low)
-        shape = tuple(m.mean.shape)
+        shape = (*own.mean.shape, len(self._specs))
         if not 1 <= len(both) <= (2 if self.mix == "moments" else 1) or not all(
             _fits(logits, shape) for logits in both
         ):
@@ -466,6 +594,10 @@ class Mixture(Norm):
             rule = f"a gate returns floating logits that broadcast to ({self._spec.sets} patterns), {shape} here{pair}"
             received = f"{type(self.gate).__name__}: {', '.join(map(shown, both)) or 'nothing'}"
             raise SpecError(say(rule, received=received, instead=f"logits of shape {shape}, or {shape[-1:]}"))
+        return both
+
+    def _mixed(self, seen: Alternatives, both: Sequence[Tensor]) -> Moments:
+        m = Moments(seen.moments.count.where(seen.known, 0), seen.moments.mean, seen.moments.m2, seen.moments.low)
         weights = [logits.to(m.m2.dtype).softmax(-1) for logits in both]
         return m.mixed(*weights) if self.mix == "moments" else m.mixed_results(weights[0], self.eps)
 
@@ -710,10 +842,16 @@ def _with_one_left_side(patterns: Sequence[str]) -> list[Spec]:
     return specs
 
 
+def _nothing() -> None:
+    """No running statistics move."""
+
+
 def _fits(logits: object, shape: Sequence[int]) -> bool:
     """Whether these are logits of so many sets and patterns, or broadcast to them."""
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or not 1 <= logits.dim() <= len(shape):
         return False
+    if logits.dim() == 1:
+        return logits.shape[0] == shape[-1]
     sizes = shape[len(shape) - logits.dim() :]
     return broadcasts(logits, sizes) and logits.shape[-1] == shape[-1]
 

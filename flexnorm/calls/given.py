@@ -1,6 +1,6 @@
 """`given`: masks, labels and lengths for norms nested where nobody passes arguments on.
 
-Four tricks stand here, and nowhere else.
+Five tricks stand here, and nowhere else.
 
 1. What is given lies in a ContextVar, so that every thread and every task has its own. `torch.compile` knows no
    ContextVar. It takes an attribute that is looked up in C for one that it may guard and read at every call, so
@@ -12,6 +12,8 @@ Four tricks stand here, and nowhere else.
    blocks, the layers that are computed again in a backward pass take what is given there.
 4. Activation checkpointing computes layers again in the backward pass. A layer that was given something in a
    checkpointed forward notes it, and raises where it is computed again without.
+5. A compiler runs a function at the time of tracing if it takes the result for a constant. So a traced layer notes the
+   names that it takes.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -236,8 +238,11 @@ def _values() -> Mapping[str, Any]:
     return values
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _note_traced(names: tuple[str, ...]) -> bool:
     """Runs where a graph is traced."""
     _TRACED.update(names)
     return True
+
+
+# What `torch.compiler.assume_constant_result` sets, which imports the compiler.
+cast(Any, _note_traced)._dynamo_marked_constant = True

@@ -81,7 +81,7 @@ class RunningStatistics:
             kept: list[Any] = []
             y = bound(call, kept)
             if y is not None:
-                if not self._moved_in_place(layer, call.x, *kept):
+                if not self.moved_in_place(layer, call.x, *kept):
                     self.track(layer, moments_of(call.x, kept))
                 return Result(y)
         result = run(call, tracked=True)
@@ -131,7 +131,7 @@ class RunningStatistics:
             moved.append(torch.lerp(old, value.to(old.dtype), weight).where(known, old))
         return {"running_mean": moved[0], "running_var": moved[1], "num_batches_tracked": batches}
 
-    def _moved_in_place(self, layer: Any, x: Tensor, packed: Tensor, count: Tensor | None) -> bool:
+    def moved_in_place(self, layer: Any, x: Tensor, packed: Tensor, count: Tensor | None) -> bool:
         """Whether the library has moved the running statistics: plain buffers by a fixed momentum, in one pass."""
         own = layer._buffers
         if layer.momentum is None or type(self) is not RunningStatistics:

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "entry.h"
+#include "mix.h"
 #include "tensors.h"
 
 namespace {
@@ -118,6 +119,26 @@ bool weights_are_good(const View& v) {
     return good;
 }
 
+// The labels of a pattern: a tuple of (ids, count, offsets, order or None).
+bool labels_of(const Pattern& p, PyObject* labels, Numbers& v) {
+    View t;
+    if (PyTuple_Size(labels) != p.labels) return false;
+    for (int l = 0; l < p.labels; ++l) {
+        PyObject* label = PyTuple_GetItem(labels, l);
+        if (!read(PyTuple_GetItem(label, 0), t) || t.type != INT64 || t.ndim != p.label_rank[l]) return false;
+        v.label[l].ids = reinterpret_cast<int64_t*>(t.data);
+        std::copy(t.shape, t.shape + t.ndim, v.label_size[l]);
+        v.label[l].count = PyLong_AsLongLong(PyTuple_GetItem(label, 1));
+        if (!read(PyTuple_GetItem(label, 2), t)) return false;
+        v.label[l].offsets = reinterpret_cast<int64_t*>(t.data), v.label[l].order = nullptr;
+        if (PyObject* order = PyTuple_GetItem(label, 3); order != Py_None) {
+            if (!read(order, t)) return false;
+            v.label[l].order = reinterpret_cast<int64_t*>(t.data);
+        }
+    }
+    return true;
+}
+
 // a: pattern, x, mask, weight, bias, labels: a tuple of (ids, count, offsets, order or None). With `result`, y is made.
 Ready prepare(PyObject* const* a, Prepared& q, bool result, bool params = true) {
     View x, y, t;
@@ -157,20 +178,7 @@ Ready prepare(PyObject* const* a, Prepared& q, bool result, bool params = true) 
         (i == 3 ? c.weight : c.bias) = t.data;
     }
     if (params && p.present[OF_PARAMS] && v.param_dims < 0) return NO;
-    if (PyTuple_Size(a[5]) != p.labels) return NO;
-    for (int l = 0; l < p.labels; ++l) {
-        PyObject* label = PyTuple_GetItem(a[5], l);
-        if (!read(PyTuple_GetItem(label, 0), t) || t.type != INT64 || t.ndim != p.label_rank[l]) return NO;
-        v.label[l].ids = reinterpret_cast<int64_t*>(t.data);
-        std::copy(t.shape, t.shape + t.ndim, v.label_size[l]);
-        v.label[l].count = PyLong_AsLongLong(PyTuple_GetItem(label, 1));
-        if (!read(PyTuple_GetItem(label, 2), t)) return NO;
-        v.label[l].offsets = reinterpret_cast<int64_t*>(t.data), v.label[l].order = nullptr;
-        if (PyObject* order = PyTuple_GetItem(label, 3); order != Py_None) {
-            if (!read(order, t)) return NO;
-            v.label[l].order = reinterpret_cast<int64_t*>(t.data);
-        }
-    }
+    if (!labels_of(p, a[5], v)) return NO;
     Binder b(p, v, q.tables);
     if (!b.sizes() || !b.form(q.f, a[2] != Py_None)) return NO;
     q.sets_dims = b.shape(OF_SETS, q.sets_shape);
@@ -590,6 +598,231 @@ PyObject* track(PyObject*, PyObject* const* a, Py_ssize_t n) {
     Py_RETURN_TRUE;
 }
 
+// --- mixtures --------------------------------------------------------------------------------------------------------
+
+// The numbers of a floating tensor, or of a count, in double.
+Ready doubles(PyObject* o, std::vector<double>& to, View& v) {
+    if (!read(o, v)) return NO;
+    Ref kept;
+    if (Ready done = take(o, v.type == F64 ? F64 : v.type >= BOOL ? INT64 : F32, v, kept); done != YES) return done;
+    auto all = [&](auto* from) { to.assign(from, from + v.numel()); };
+    if (v.type == F64) all(reinterpret_cast<const double*>(v.data));
+    else if (v.type == F32) all(reinterpret_cast<const float*>(v.data));
+    else all(reinterpret_cast<const int64_t*>(v.data));
+    return YES;
+}
+
+// Logits that broadcast to the shape of the finest sets, and the patterns behind it.
+Ready logits_of(PyObject* o, const View& sets, int64_t ways, Logits& logits) {
+    View v;
+    if (Ready done = doubles(o, logits.value, v); done != YES) return done;
+    if (v.ndim < 1 || v.ndim > sets.ndim + 1 || v.shape[v.ndim - 1] != ways || v.type > F64) return NO;
+    logits.axes = int(sets.ndim);
+    int64_t step = ways;
+    for (int64_t a = sets.ndim - 1, d = v.ndim - 2; a >= 0; --a, --d) {
+        logits.size[a] = sets.shape[a];
+        if (d < 0 || v.shape[d] == 1) continue;
+        if (v.shape[d] != sets.shape[a]) return NO;
+        logits.step[a] = step, step *= v.shape[d], logits.same = false;
+    }
+    return YES;
+}
+
+// One way: (the pattern from the finest sets to larger ones, or None where it has these themselves; its labels; running mean
+// and variance, or twice None).
+Ready way_of(PyObject* o, const View& sets, Way& way) {
+    if (!PyTuple_Check(o) || PyTuple_Size(o) != 4) return NO;
+    PyObject *bytes = PyTuple_GetItem(o, 0), *mean = PyTuple_GetItem(o, 2);
+    const int64_t total = sets.numel();
+    if (bytes == Py_None) {
+        way.dims = int(sets.ndim), way.sets = total;
+        std::copy(sets.shape, sets.shape + sets.ndim, way.shape);
+    } else {
+        const Pattern& p = *pattern_of(bytes);
+        Numbers v;
+        Tables tables;
+        if (p.dims != sets.ndim || !labels_of(p, PyTuple_GetItem(o, 1), v)) return NO;
+        v.mask_dims = v.param_dims = -1;
+        for (int d = 0; d < p.dims; ++d) v.size[d] = sets.shape[d], v.x[d] = v.y[d] = sets.stride[d];
+        Binder b(p, v, tables);
+        if (!b.sizes()) return NO;
+        way.dims = b.shape(OF_SETS, way.shape), way.sets = b.count(OF_SETS);
+        if (way.sets < 1 || way.sets > std::numeric_limits<int32_t>::max()) return NO;
+        way.at.resize(size_t(total));
+        int32_t* at = way.at.data();
+        int64_t step[MOST] = {}, next = 1;
+        const Terms& terms = p.operand[OF_SETS];
+        for (int i = terms.n - 1; i >= 0; --i) {
+            const int term = terms.term[i];
+            if (term >= 0) step[term] += next, next *= b.size[term];
+            else next *= v.label[~term].count;
+        }
+        walk(b.size, step, p.rank, total, [&](int64_t s, int64_t index) { at[s] = int32_t(index); });
+        next = 1;
+        for (int i = terms.n - 1; i >= 0; --i) {
+            const int term = terms.term[i], l = ~term;
+            if (term >= 0) {
+                next *= b.size[term];
+                continue;
+            }
+            int64_t of_ids[MOST] = {}, one = 1;
+            for (int j = p.label_rank[l] - 1; j >= 0; --j) of_ids[p.label_axes[l][j]] += one, one *= v.label_size[l][j];
+            const int64_t* ids = v.label[l].ids;
+            walk(b.size, of_ids, p.rank, total, [&](int64_t s, int64_t index) { at[s] += int32_t(ids[index] * next); });
+            next *= v.label[l].count;
+        }
+    }
+    if (mean == Py_None) return YES;
+    View v;
+    way.runs = true, way.n.assign(size_t(way.sets), 2), way.low.assign(size_t(way.sets), 0);  // known, as two elements are
+    if (Ready done = doubles(mean, way.mean, v); done != YES) return done;
+    if (Ready done = doubles(PyTuple_GetItem(o, 3), way.m2, v); done != YES) return done;
+    if (int64_t(way.mean.size()) != way.sets || int64_t(way.m2.size()) != way.sets) return NO;
+    for (double& square : way.m2) square *= 2;
+    return YES;
+}
+
+// a: count, mean, m2, low or None of the finest sets, ways, logits of means, those of variances or None, eps, whether results
+// are mixed.
+Ready mixture_of(PyObject* const* a, Mixture& m, View& sets, bool& whole) {
+    View v;
+    if (Ready done = doubles(a[1], m.mean, sets); done != YES) return done;
+    read(a[1], sets);
+    if (sets.type > F64 || sets.ndim > MOST) return NO;
+    m.total = sets.numel();
+    if (m.total < 1 || m.total > std::numeric_limits<int32_t>::max()) return NO;
+    if (Ready done = doubles(a[0], m.n, v); done != YES) return done;
+    whole = v.type == INT64, m.weighs = !whole;
+    if (Ready done = doubles(a[2], m.m2, v); done != YES) return done;
+    m.low.assign(size_t(m.total), 0);
+    if (a[3] != Py_None)
+        if (Ready done = doubles(a[3], m.low, v); done != YES) return done;
+    for (const auto* field : {&m.n, &m.m2, &m.low})
+        if (int64_t(field->size()) != m.total) return NO;
+    const Py_ssize_t ways = PyTuple_Size(a[4]);
+    if (ways < 1 || ways > MOST_WAYS) return NO;
+    m.ways.resize(size_t(ways));
+    for (Py_ssize_t k = 0; k < ways; ++k) {
+        Ready done = way_of(PyTuple_GetItem(a[4], k), sets, m.ways[size_t(k)]);
+        if (done != YES) return done;
+    }
+    m.apart = a[6] != Py_None, m.eps = PyFloat_AsDouble(a[7]), m.results = PyObject_IsTrue(a[8]);
+    if (Ready done = logits_of(a[5], sets, ways, m.of_means); done != YES) return done;
+    if (m.apart)
+        if (Ready done = logits_of(a[6], sets, ways, m.of_vars); done != YES) return done;
+    if (PyErr_Occurred()) return NO;
+    m.prepare();
+    return YES;
+}
+
+#define MIXTURE                                 \
+    Mixture m;                                  \
+    View sets;                                  \
+    bool whole;                                 \
+    switch (safely([&] { return mixture_of(a, m, sets, whole); })) { \
+        case NO: PyErr_Clear(); Py_RETURN_NONE; \
+        case RAISED: return nullptr;            \
+        case YES: break;                        \
+    }
+
+template <class T>
+void put_all(char* data, const std::vector<double>& from) {
+    std::transform(from.begin(), from.end(), reinterpret_cast<T*>(data), [](double value) { return T(value); });
+}
+void put_all(char* data, int64_t type, const std::vector<double>& from) {
+    if (type == F64) put_all<double>(data, from);
+    else if (type == F32) put_all<float>(data, from);
+    else put_all<int64_t>(data, from);
+}
+
+template <class T>
+void put_moments(char* data, const Way& w) {
+    T *mean = reinterpret_cast<T*>(data), *low = mean + w.sets, *m2 = low + w.sets;
+    for (int64_t j = 0; j < w.sets; ++j) {
+        mean[j] = T(w.mean[size_t(j)]), m2[j] = T(w.m2[size_t(j)]);
+        low[j] = T((w.mean[size_t(j)] - double(mean[j])) + w.low[size_t(j)]);
+    }
+}
+
+// The moments of one pattern, as `track` reads them: mean, low and M2 side by side, and the count.
+PyObject* larger(const Way& w, int64_t type, bool whole) {
+    int64_t shape[MOST + 2] = {3};
+    char *data, *at_count;
+    std::copy(w.shape, w.shape + w.dims, shape + 1);
+    Ref packed(fresh(shape, w.dims + 1, type, data)), count(fresh(w.shape, w.dims, whole ? int64_t(INT64) : type, at_count));
+    if (!packed || !count) return nullptr;
+    if (type == F64) put_moments<double>(data, w);
+    else put_moments<float>(data, w);
+    put_all(at_count, whole ? int64_t(INT64) : type, w.n);
+    return PyTuple_Pack(2, packed.get(), count.get());
+}
+
+// mix(as `mixture_of`, for which patterns the moments are wanted; an empty tuple: none): count, mean, m2, low of the mixtures, and a tuple of
+// (moments [3, *sets], count) or None for each pattern
+PyObject* mix(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 10) return PyErr_Format(PyExc_TypeError, "mix takes 10 arguments");
+    MIXTURE
+    char* at[4];
+    Ref made[4];
+    for (int i = 0; i < 4; ++i)
+        if (!(made[i] = fresh(sets.shape, int(sets.ndim), sets.type, at[i]))) return nullptr;
+    auto go = [&](auto* one) {
+        using T = std::decay_t<decltype(*one)>;
+        T* to[4];
+        for (int i = 0; i < 4; ++i) to[i] = reinterpret_cast<T*>(at[i]);
+        m.forward(to[0], to[1], to[2], to[3]);
+    };
+    if (sets.type == F64) go(static_cast<double*>(nullptr));
+    else go(static_cast<float*>(nullptr));
+    const size_t wanted = size_t(PyTuple_Size(a[9]));
+    Ref all(PyTuple_New(Py_ssize_t(m.ways.size())));
+    for (size_t k = 0; all && k < m.ways.size(); ++k) {
+        PyObject* one = Py_None;
+        if (k < wanted && PyObject_IsTrue(PyTuple_GetItem(a[9], Py_ssize_t(k)))) one = larger(m.ways[k], sets.type, whole);
+        else Py_INCREF(one);
+        if (!one) return nullptr;
+        PyTuple_SetItem(all.get(), Py_ssize_t(k), one);
+    }
+    return all ? PyTuple_Pack(5, made[0].get(), made[1].get(), made[2].get(), made[3].get(), all.get()) : nullptr;
+}
+
+// mix_backward(as `mixture_of`, gradients of the mixed mean and m2 or None): those of mean and m2 of the finest sets, of the
+// logits of means, of those of variances or None
+PyObject* mix_backward(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 11) return PyErr_Format(PyExc_TypeError, "mix_backward takes 11 arguments");
+    MIXTURE
+    std::vector<double> given[2], found[2];
+    auto ready = safely([&] {
+        View v;
+        for (int i = 0; i < 2; ++i) {
+            found[i].resize(size_t(m.total));
+            if (a[9 + i] == Py_None) given[i].assign(size_t(m.total), 0);
+            else if (Ready done = doubles(a[9 + i], given[i], v); done != YES) return done;
+            if (int64_t(given[i].size()) != m.total) return NO;
+        }
+        m.backward(given[0], given[1], found[0].data(), found[1].data());
+        return YES;
+    });
+    if (ready == RAISED) return nullptr;
+    if (ready == NO) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    Ref made[4];
+    char* data;
+    for (int i = 0; i < 2; ++i) {
+        if (!(made[i] = fresh(sets.shape, int(sets.ndim), sets.type, data))) return nullptr;
+        put_all(data, sets.type, found[i]);
+    }
+    for (int i = 0; i < (m.apart ? 2 : 1); ++i) {
+        View v;
+        read(a[5 + i], v);
+        if (!(made[2 + i] = fresh(v.shape, int(v.ndim), v.type == F64 ? F64 : F32, data))) return nullptr;
+        put_all(data, v.type == F64 ? F64 : F32, (i ? m.of_vars : m.of_means).gradient);
+    }
+    return PyTuple_Pack(4, made[0].get(), made[1].get(), made[2].get(), made[3].or_none());
+}
+
 // --- what the binder chooses, for those who ask ----------------------------------------------------------------------
 
 template <class V>
@@ -740,7 +973,7 @@ PyObject* set_width(PyObject*, PyObject* const* a, Py_ssize_t n) {
 #define FUNCTION(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
 PyMethodDef functions[] = {FUNCTION(setup), FUNCTION(pattern), FUNCTION(evaluate), FUNCTION(forward), FUNCTION(statistics),
                            FUNCTION(apply), FUNCTION(backward), FUNCTION(backward_sums), FUNCTION(backward_dx),
-                           FUNCTION(groups), FUNCTION(counts), FUNCTION(track), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
+                           FUNCTION(groups), FUNCTION(counts), FUNCTION(track), FUNCTION(mix), FUNCTION(mix_backward), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
                            {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
@@ -748,6 +981,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functi
 
 PyMODINIT_FUNC PyInit__kernels() {
     PyObject* module = PyModule_Create(&definition);
-    if (module) PyModule_AddIntConstant(module, "INTERFACE", 2);  // one more where an entry takes other arguments
+    if (module) PyModule_AddIntConstant(module, "INTERFACE", 3);  // one more where an entry takes other arguments
     return module;
 }
