@@ -6,8 +6,10 @@ import threading
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from test_mixtures import CASES
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexnorm
 from flexnorm import Moments, Norm, Partition
@@ -317,6 +319,45 @@ def test_a_gate_that_reads_the_moments(mix, monkeypatch):
     assert norm.gate.calls == 2
 
 
+class Twice(nn.Module):
+    """One tensor for both: its gradient is the sum of two."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor([0.3, -0.2, 1.0], dtype=torch.float64))
+
+    def forward(self, seen):
+        return self.logits, self.logits
+
+
+def test_one_tensor_for_means_and_variances(monkeypatch):
+    torch.manual_seed(0)
+    norm, found = Mixture(PATTERNS, gate=Twice()), []
+    x = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    for by in (True, False):
+        y = whole(norm, x, monkeypatch, library=by)
+        once = torch.autograd.grad(y.pow(3).sum(), norm.gate.logits, retain_graph=True)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), norm.gate.logits, create_graph=True)
+        found.append([*once, first, *torch.autograd.grad(first.pow(2).sum(), [x, norm.gate.logits])])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_a_mode_sees_the_operations_of_a_gradient():
+    class Listing(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            listed.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    listed = []
+    own = leaves(flexnorm.moments(torch.randn(3, 4, 5), PATTERNS[0]))
+    norm = Mixture(PATTERNS)
+    mixed, _ = norm._of_own(own.mean, own, {})
+    with Listing():
+        torch.autograd.grad(mixed.mean.sum(), own.mean)
+    assert any("softmax" in name for name in listed)
+
+
 def test_nothing_is_worked_out_that_no_gate_reads(monkeypatch):
     norm, x = SwitchableNorm(4), torch.randn(3, 4, 5, requires_grad=True)
     monkeypatch.setattr(Mixture, "_seen", lambda *_: pytest.fail("a gate that reads nothing was given something"))
@@ -383,6 +424,32 @@ def test_frozen_logits_and_a_frozen_input():
     y = norm(x)
     (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     assert torch.autograd.grad(first.pow(2).sum(), x)[0].isfinite().all()
+
+
+def test_the_moments_of_a_pattern_are_known_to_twice_the_precision():
+    """What calibration collects, which rounds nothing to float32: 1e4 would cost it 6e-4."""
+    norm = SwitchableNorm(4)
+    norm.running["2"]._collected = ()
+    x = 1e4 + 0.1 * torch.randn(6, 4, 50)
+    norm(x)
+    (m,) = norm.running["2"]._collected
+    torch.testing.assert_close(m.mean + m._low, x.double().mean((0, 2)), rtol=0, atol=1e-8)
+    torch.testing.assert_close(m.var, x.double().var((0, 2), unbiased=False), rtol=1e-6, atol=0)
+    assert m.count.tolist() == [300] * 4
+
+
+def test_checkpointed():
+    torch.manual_seed(0)
+    norm, x = SwitchableNorm(4), torch.randn(3, 4, 5, requires_grad=True)
+    other = copy.deepcopy(norm)
+    found = [norm(x), torch.utils.checkpoint.checkpoint(other, x, use_reentrant=False)]
+    got, want = (
+        torch.autograd.grad(y.pow(3).sum(), [x, *n.parameters()]) for y, n in zip(found, (norm, other), strict=True)
+    )
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(norm.buffers(), other.buffers(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_threads():

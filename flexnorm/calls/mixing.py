@@ -107,8 +107,6 @@ class Mixed(torch.autograd.Function):
             )
             if found is not None:
                 to_mean, to_m2, to_means, to_vars = found
-                to_means = to_means.to(of_means.dtype)
-                to_vars = to_vars if to_vars is None else to_vars.to(of_vars.dtype)
                 return None, None, None, to_mean, to_m2, None, to_means, to_vars
         with torch.enable_grad():  # differentiated again: by the composition
             # Each by a name of its own: one may lie behind another, as where a gate reads the moments.
