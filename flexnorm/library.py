@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INTERFACE = 3  # that of module.cpp
+INTERFACE = 4  # that of module.cpp
 
 
 @cache

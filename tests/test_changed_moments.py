@@ -426,3 +426,22 @@ def test_a_share_of_a_pooled_axis_is_refused(share):
         normalize(torch.randn(SHAPE), PATTERN, center=share)
     assert "over axes of the statistics: it broadcasts to shape (3, 4)" in str(caught.value)
     assert "^" in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_share_of_the_mean_alone_and_of_moments_from_elsewhere(kept):
+    """Without `scale` the share is subtracted and nothing is divided; moments that are given have a share, too."""
+    torch.manual_seed(0)
+    x = torch.randn(SHAPE, dtype=torch.float64, requires_grad=True)
+    a, dy = torch.rand(4, dtype=torch.float64, requires_grad=True), torch.randn(SHAPE, dtype=torch.float64)
+    m = moments(x, PATTERN) if kept else None
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, correction=0, keepdim=True)
+    rest = x - a[:, None] * mean
+    around = var + ((1 - a)[:, None] * mean).square()
+    for y, z in (
+        (normalize(x, PATTERN, center=a, scale=False, moments=m), rest),
+        (normalize(x, PATTERN, center=a, moments=m), rest / (around + 1e-5).sqrt()),
+    ):
+        close(y.detach(), z.detach())
+        for got, want in zip(*(torch.autograd.grad(t, (x, a), dy, retain_graph=True) for t in (y, z)), strict=True):
+            close(got, want)

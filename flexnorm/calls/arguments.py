@@ -309,7 +309,9 @@ class Formula:
 
     def of_one_stage(self, x: Tensor, params: Sequence[Param], labels: Labels) -> tuple[Formula, list[Param]] | None:
         """Both affine stages as one, from their shapes alone; None: they have to be looked at more closely."""
-        if any(weight is None and bias is None for weight, bias in params):
+        if any(weight is None and bias is None for weight, bias in params) or any(
+            n not in labels for n in self.lookups
+        ):
             return None
         both = self._stages.get(x.dim())
         if both is None:

@@ -81,6 +81,21 @@ class Bound(NamedTuple):
         given = (self.pattern, *operands, self.groups, m.count, m.mean, m.m2, m.low, dy, *both)
         return cast("tuple[Tensor, Tensor | None]", _answer(_KERNELS.backward_dx(*given)))
 
+    def gradients_of_moments(self, m: Moments, sums: Sums) -> tuple[Tensor | None, ...]:
+        """The gradients of count, mean and M2 from elsewhere."""
+        o = self.options
+        given = (m.count, m.mean, m.m2, sums.grad, sums.grad_xhat, float(o.eps), o.center, o.scale)
+        found: tuple[Tensor | None, ...] | None = _KERNELS.gradients_of_moments(*given)
+        return aten.backward_moments(o, m, sums) if found is None else found
+
+    def sums_of_changed(self, used: Moments, own: Moments, dmean: Tensor | None, dm2: Tensor | None) -> Sums:
+        """The sums of which `backward_dx`, at the used moments, makes the gradient of x through its own moments."""
+        given = (used.count, used.mean, used.m2, used.low, own.count, own.mean, own.low, dmean, dm2)
+        found = _KERNELS.sums_of_changed(*given, float(self.options.eps))
+        if found is None:
+            return _sums_of_changed(self.options, used, own, dmean, dm2)
+        return Sums(found[0], found[1], None, None)
+
     def composed(self, operands: Operands) -> Composed:
         """The same in operations that can be differentiated again."""
         params = [operands[2:]] if self.formula.affines else []
@@ -133,6 +148,12 @@ class Composed(NamedTuple):
             sums = Sums(grad, grad_xhat, None, None)
         return self.room.backward_dx(self.recipe, operands, self._inward(m), dy, sums)
 
+    def gradients_of_moments(self, m: Moments, sums: Sums) -> tuple[Tensor | None, ...]:
+        return aten.backward_moments(self.recipe, m, sums)
+
+    def sums_of_changed(self, used: Moments, own: Moments, dmean: Tensor | None, dm2: Tensor | None) -> Sums:
+        return _sums_of_changed(self.recipe, used, own, dmean, dm2)
+
     def composed(self, operands: Operands) -> Composed:
         return Composed(self.recipe, cast(Room, aten))
 
@@ -141,6 +162,11 @@ class Composed(NamedTuple):
 
 
 How = Bound | Composed
+
+
+def _sums_of_changed(rule: Any, used: Moments, own: Moments, dmean: Tensor | None, dm2: Tensor | None) -> Sums:
+    dmean, dm2 = (torch.zeros_like(own.mean) if d is None else d for d in (dmean, dm2))
+    return aten.backward_statistics(rule, used, dmean, dm2, own)
 
 
 def moments_of(x: Tensor, kept: Sequence[Any]) -> Moments:
@@ -305,8 +331,9 @@ class Step(NamedTuple):
         """The sums of the whole sets, as `backward_dx` takes them, and the gradient of the share."""
         dshare = None
         if share is not None:
-            scaled = own.mean * aten.inverse_sigma(rule, used)
-            rest = sums.grad_xhat * (1 - share) * scaled - sums.grad
+            scaled, rest = own.mean * aten.inverse_sigma(rule, used), -sums.grad
+            if rule.scale:
+                rest = rest + sums.grad_xhat * (1 - share) * scaled
             dshare = (rest * scaled).sum_to_size(share.shape)
             sums = Sums(-share * rest, sums.grad_xhat, sums.weight, sums.bias)
         for whole in self.wholes if self.needed else ():
@@ -407,19 +434,20 @@ class Statistics(torch.autograd.Function):
             assert dy is not None
             dx = Statistics._of_partner(ctx.how, operands, own, (dmean, dm2), dy, answer)
         elif dmean is not None or dm2 is not None:
-            dmean, dm2 = (torch.zeros_like(own.mean) if d is None else d for d in (dmean, dm2))
             dx = Statistics._of_moments(ctx.how, operands, own, dmean, dm2)
             dx = dx if dy is None else dx + dy
         return None, None, dx, None, None, None
 
     @staticmethod
-    def _of_moments(how: How, operands: Operands, own: Moments, dmean: Tensor, dm2: Tensor) -> Tensor:
+    def _of_moments(how: How, operands: Operands, own: Moments, dmean: Tensor | None, dm2: Tensor | None) -> Tensor:
         x, mask, *_ = operands
         if torch.is_grad_enabled() or seen_through((dmean, dm2, x)):  # differentiated again: by the composition
             with torch.enable_grad():
                 m = how.composed(operands).statistics(x, mask)
-                return torch.autograd.grad((m.mean, m.m2), (x,), (dmean, dm2), create_graph=True)[0]
-        sums = aten.backward_statistics(how.options, own, dmean, dm2)
+                pairs = [(t, d) for t, d in ((m.mean, dmean), (m.m2, dm2)) if d is not None]
+                outputs, given = zip(*pairs, strict=True)
+                return torch.autograd.grad(outputs, (x,), given, create_graph=True)[0]
+        sums = how.sums_of_changed(own, own, dmean, dm2)
         plain = Operands(x, mask)
         try:
             return how.backward_dx(plain, own, None, sums)[0]
@@ -438,8 +466,7 @@ class Statistics(torch.autograd.Function):
         count, mean, m2, low = answer.unbind()
         used, sums = Moments(count, mean, m2, low), None
         if any(d is not None for d in gradients):
-            dmean, dm2 = (torch.zeros_like(own.mean) if d is None else d for d in gradients)
-            sums = aten.backward_statistics(how.options, used, dmean, dm2, own)
+            sums = how.sums_of_changed(used, own, *gradients)
         try:
             return how.backward_dx(operands, used, dy, sums)[0]
         except Closer:
@@ -489,7 +516,7 @@ class Apply(torch.autograd.Function):
             return (None,) * 10
         saved = ctx.saved_tensors
         operands, moments = Operands(*saved[:4]), Moments(*saved[4:])
-        if torch.is_grad_enabled() or seen_through((*saved, dy)):
+        if torch.is_grad_enabled() or not unwatched(dy):
             return Apply._gradients(ctx, ctx.how.composed(operands), False, operands, moments, dy)
         try:
             return Apply._gradients(ctx, ctx.how, ctx.partner, operands, moments, dy)
@@ -510,7 +537,7 @@ class Apply(torch.autograd.Function):
             answer = torch.stack([t.to(moments.mean.dtype) for t in moments._fields])
         elif needs[1]:
             dx = how.backward_dx(operands, moments, dy, None)[0]
-        of_moments = aten.backward_moments(how.options, moments, sums) if any(needs[5:9]) else (None, None, None)
+        of_moments = how.gradients_of_moments(moments, sums) if any(needs[5:9]) else (None, None, None)
         return (None, dx, None, sums.weight, sums.bias, *of_moments, None, answer)
 
 

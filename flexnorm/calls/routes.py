@@ -58,16 +58,30 @@ def run(call: Call, *, tracked: bool = False, change: Change | None = None) -> R
         tracked: the moments are asked for, without gradients of their own.
         change: makes the moments that x is normalized by of its own; differentiable. The result has these.
     """
-    if unwatched(call.x) and call.is_alone:
-        if change is not None and call.moments is None:
-            found = None if call.center is not None or call.wholes else _changed(call, change)
-        else:
-            kept: list[Any] | None = [] if tracked and call.moments is None else None
-            y = bound(call, kept)
-            found = None if y is None else Result(y, moments_of(call.x, kept) if kept else call.moments)
-        if found is not None:
-            return found
-    return _routed(call, tracked, change)
+    plain = unwatched(call.x) and call.is_alone
+    if call.moments is not None and (call.center is not None or call.wholes):
+        call = call._replace(moments=_step_of(call)(call.moments), center=None, wholes=())
+    if change is not None and call.moments is None:
+        return _by_change(call, change, plain)
+    if plain:
+        kept: list[Any] | None = [] if tracked and call.moments is None else None
+        y = bound(call, kept)
+        if y is not None:
+            return Result(y, moments_of(call.x, kept) if kept else call.moments)
+    return _routed(call, tracked)
+
+
+def _by_change(call: Call, change: Change, plain: bool) -> Result:
+    """The result by changed moments: own moments, the change, and y are three steps."""
+    if call.center is not None or call.wholes:
+        step, given = _step_of(call), change
+        change, call = lambda own: step(given(own)), call._replace(center=None, wholes=())
+    if change in (same, Moments.cumulative) and compiling(call.x, call.ranks or ALONE):
+        return _traced(call, tracked=False, apart=change is same, cumulative=change is not same)
+    own, y_of = (_own_of_library(call) if plain else None) or _own(call)
+    used = change(own)
+    y = None if y_of is None else y_of(used)
+    return Result(run(call._replace(moments=used)).y if y is None else y, used)
 
 
 # --- by the library --------------------------------------------------------------------------------------------------
@@ -81,9 +95,7 @@ def bound(call: Call, kept: list[Any] | None = None) -> Tensor | None:
     formula, x, mask, stages, moments, labels, _, center, wholes, _ = call
     try:
         if len(stages) > 1:
-            one = (
-                None if any(name not in labels for name in formula.lookups) else formula.of_one_stage(x, stages, labels)
-            )
+            one = formula.of_one_stage(x, stages, labels)
             if one is None:
                 return None
             formula, stages = one[0], tuple(one[1])
@@ -151,62 +163,50 @@ def _external(how: How, moments: Moments, x: Tensor) -> Moments:
     return external
 
 
-def _changed(call: Call, change: Change) -> Result | None:
-    """The result by changed moments: the library computes both sides of the change."""
+Applied = Callable[[Moments], "Tensor | None"]  # y by changed moments; None: it has to be asked for by itself
+
+
+def _own_of_library(call: Call) -> tuple[Moments, Applied | None] | None:
+    """The moments of x by the library, and its way to y, if one pass over x serves both gradients."""
     formula, x, mask, stages, _, labels, *_ = call
-    link: tuple[Bound, Operands, Tensor, Tensor] | None = None
-    own = None
+    if not (torch.is_grad_enabled() and has_partner(formula.options, x, mask)):
+        own = _bound_moments(formula.of_moments, x, mask, labels)
+        return None if own is None else (own, None)
     try:
-        if torch.is_grad_enabled() and has_partner(formula.options, x, mask):
-            if len(stages) > 1:
-                one = formula.of_one_stage(x, stages, labels)
-                if one is None:
-                    return None
-                formula, stages = one[0], tuple(one[1])
-            pattern, groups = formula.patterns[x.dim()], formula.packed(labels)
-            if pattern is None or groups is None:
+        if len(stages) > 1:
+            one = formula.of_one_stage(x, stages, labels)
+            if one is None:
                 return None
-            how, operands = Bound(pattern, groups, formula, labels), Operands(x, mask, *(stages[0] if stages else ()))
-            *fields, x_again, place = measured(how, True, *operands)  # type: ignore[no-untyped-call]
-            own, link = Moments(*fields), (how, operands, x_again, place)
-    except (AttributeError, KeyError, Closer):
-        return None
-    if link is None or own is None:
-        own = _bound_moments(call.formula.of_moments, x, mask, labels)
-        if own is None:
+            formula, stages = one[0], tuple(one[1])
+        pattern, groups = formula.patterns[x.dim()], formula.packed(labels)
+        if pattern is None or groups is None:
             return None
-    used = change(own)
-    if link is not None:
-        how, operands, x_again, place = link
+        how, operands = Bound(pattern, groups, formula, labels), Operands(x, mask, *(stages[0] if stages else ()))
+        *fields, x_again, place = measured(how, True, *operands)  # type: ignore[no-untyped-call]
+    except (AttributeError, Closer):
+        return None
+
+    def y_of(used: Moments) -> Tensor | None:
         try:
-            external = _external(how, used, x)
-            fields = (external.count, external.mean, external.m2, external.low)
-            y = applied(how, x_again, *operands[1:], *fields, place)  # type: ignore[no-untyped-call]
-            return Result(y, used)
+            m = _external(how, used, x)
+            given = (m.count, m.mean, m.m2, m.low, place)
+            return cast(Tensor, applied(how, x_again, *operands[1:], *given))  # type: ignore[no-untyped-call]
         except Closer:
-            pass
-    return Result(run(call._replace(moments=used)).y, used)
+            return None
+
+    return Moments(*fields), y_of
 
 
 # --- all other ways --------------------------------------------------------------------------------------------------
 
 
-def _routed(call: Call, tracked: bool, change: Change | None) -> Result:
+def _routed(call: Call, tracked: bool) -> Result:
     """All other ways: traced, of a DTensor, of complex numbers, over ranks, and by the other backends."""
     x, moments, ranks = call.x, call.moments, call.ranks or ALONE
-    in_graph = compiling(x, ranks)
     if call.center is not None or call.wholes:
-        change, call = _stepped(call, change), call._replace(center=None, wholes=())
-    if in_graph and (moments is not None or change in (None, same, Moments.cumulative)):
-        return _traced(call, tracked=tracked, apart=change is same, cumulative=change is Moments.cumulative)
-    if moments is None and change is not None:
-        own, link = _own(call)
-        moments = change(own)
-        call = call._replace(moments=moments)
-        if link is not None:
-            return Result(link(moments), moments)
-        if in_graph:
-            return _traced(call, tracked=tracked, apart=False, cumulative=False)
+        return _by_change(call, same, False)
+    if compiling(x, ranks):
+        return _traced(call, tracked=tracked, apart=False, cumulative=False)
     if type(x) is not Tensor and is_dtensor(x):
         return _placed(call, tracked)
     if isinstance(x, Tensor) and x.is_complex():
@@ -252,16 +252,15 @@ def _backend(
     return Composed(recipe, ROOMS[plan.room]), differentiated and not transformed
 
 
-def _stepped(call: Call, change: Change | None) -> Change:
+def _step_of(call: Call) -> Change:
     """The step over sets as a change of moments."""
 
-    def change_too(own: Moments) -> Moments:
-        m = own if change is None else change(own)
+    def step(own: Moments) -> Moments:
         for whole in call.wholes:
-            m = whole.moments(m)
-        return m if call.center is None else m.about(_share(call.center, m, call.formula.spec.sets))
+            own = whole.moments(own)
+        return own if call.center is None else own.about(_share(call.center, own, call.formula.spec.sets))
 
-    return change_too
+    return step
 
 
 def _share(center: Tensor, m: Moments, sets: Expr) -> Tensor:
@@ -274,8 +273,8 @@ def _share(center: Tensor, m: Moments, sets: Expr) -> Tensor:
     return center.to(m.m2.dtype)
 
 
-def _own(call: Call) -> tuple[Moments, Callable[[Moments], Tensor] | None]:
-    """The moments of x; and how y is made of changed ones, if one pass over x can serve both gradients."""
+def _own(call: Call) -> tuple[Moments, Applied | None]:
+    """The same by all other ways."""
     formula, x, mask, stages, _, labels, *_ = call
     ranks = call.ranks or ALONE
     if ranks.groups:  # nothing may raise on one rank alone once the moments have gone around

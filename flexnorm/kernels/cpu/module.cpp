@@ -823,6 +823,109 @@ PyObject* mix_backward(PyObject*, PyObject* const* a, Py_ssize_t n) {
     return PyTuple_Pack(4, made[0].get(), made[1].get(), made[2].get(), made[3].or_none());
 }
 
+// --- the step over sets ----------------------------------------------------------------------------------------------
+
+// Numbers of one kind for every set: some of count, mean, M2 and low, or gradients. None is zeros.
+struct OverSets {
+    View shape;
+    int64_t total = -1;
+    std::vector<std::vector<double>> all;
+
+    Ready add(PyObject* o) {
+        all.emplace_back();
+        if (o == Py_None) {
+            all.back().assign(size_t(total < 0 ? 0 : total), 0);
+            return total < 0 ? NO : YES;
+        }
+        View v;
+        if (Ready done = doubles(o, all.back(), v); done != YES) return done;
+        if (total < 0) shape = v, total = int64_t(all.back().size());
+        return int64_t(all.back().size()) == total ? YES : NO;
+    }
+};
+
+PyObject* over_sets(const View& shape, int type, const std::vector<double>& values) {
+    char* data;
+    Ref made = fresh(shape.shape, int(shape.ndim), type, data);
+    if (!made) return nullptr;
+    put_all(data, type, values);
+    return made.release();
+}
+
+PyObject* pair_or_none(Ready ready, const OverSets& s, int type, std::vector<double>* found, int n) {
+    if (ready == RAISED) return nullptr;
+    if (ready == NO) {
+        PyErr_Clear();
+        Py_RETURN_NONE;
+    }
+    Ref all(PyTuple_New(n));
+    for (int i = 0; all && i < n; ++i) {
+        PyObject* one = Py_None;
+        if (found[i].empty() && s.total) Py_INCREF(one);
+        else if (!(one = over_sets(s.shape, type, found[i]))) return nullptr;
+        PyTuple_SetItem(all.get(), i, one);
+    }
+    return all.release();
+}
+
+double at_least_one(double count) { return count > 0 ? count : 1; }
+
+// gradients_of_moments(count, mean, M2, sum of g, sum of g xhat, eps, center, scale): those of count (None, if it counts),
+// mean and M2, where x is normalized by these moments
+PyObject* gradients_of_moments(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 8) return PyErr_Format(PyExc_TypeError, "gradients_of_moments takes 8 arguments");
+    const double eps = PyFloat_AsDouble(a[5]);
+    const bool center = a[6] == Py_True, scale = a[7] == Py_True;
+    if (PyErr_Occurred()) return nullptr;
+    OverSets s;
+    std::vector<double> found[3];
+    View count, mean;
+    auto ready = safely([&] {
+        if (!read(a[0], count) || !read(a[1], mean) || (mean.type != F32 && mean.type != F64)) return NO;
+        for (int i = 0; i < 5; ++i)
+            if (Ready done = s.add(a[i]); done != YES) return done;
+        const bool weighed = count.type < BOOL;
+        for (auto& f : found) f.resize(size_t(s.total));
+        if (!weighed) found[0].clear();
+        for (size_t i = 0; i < size_t(s.total); ++i) {
+            const double c = s.all[0][i], size = at_least_one(c), var = s.all[2][i] / size, square = var + eps;
+            const double rate = !scale ? double(c > 0) : c > 0 && square != 0 ? 1 / std::sqrt(square) : 0;
+            const double dvar = scale ? -0.5 * rate * rate * s.all[4][i] : 0;
+            found[1][i] = center ? -rate * s.all[3][i] : 0;
+            found[2][i] = dvar / size;
+            if (weighed) found[0][i] = -dvar * var / size;
+        }
+        return YES;
+    });
+    return pair_or_none(ready, s, mean.type, found, 3);
+}
+
+// sums_of_changed(count, mean, M2, low of the used moments; count, mean, low of the own ones; gradients of their mean and M2
+// or None; eps): the sums of which `backward_dx` at the used moments makes the gradient of x
+PyObject* sums_of_changed(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 10) return PyErr_Format(PyExc_TypeError, "sums_of_changed takes 10 arguments");
+    const double eps = PyFloat_AsDouble(a[9]);
+    if (PyErr_Occurred()) return nullptr;
+    OverSets s;
+    std::vector<double> found[2];
+    View mean;
+    auto ready = safely([&] {
+        if (!read(a[1], mean) || (mean.type != F32 && mean.type != F64)) return NO;
+        for (int i = 0; i < 9; ++i)
+            if (Ready done = s.add(a[i]); done != YES) return done;
+        for (auto& f : found) f.resize(size_t(s.total));
+        for (size_t i = 0; i < size_t(s.total); ++i) {
+            const double c = s.all[0][i], size = at_least_one(c), square = c > 0 ? s.all[2][i] / size + eps : 0;
+            const double apart = (s.all[1][i] - s.all[5][i]) + (s.all[3][i] - s.all[6][i]);
+            const double along = s.all[7][i] / at_least_one(s.all[4][i]) + 2 * s.all[8][i] * apart;
+            found[0][i] = -size * along * std::sqrt(square);
+            found[1][i] = -2 * size * s.all[8][i] * square;
+        }
+        return YES;
+    });
+    return pair_or_none(ready, s, mean.type, found, 2);
+}
+
 // --- what the binder chooses, for those who ask ----------------------------------------------------------------------
 
 template <class V>
@@ -973,7 +1076,8 @@ PyObject* set_width(PyObject*, PyObject* const* a, Py_ssize_t n) {
 #define FUNCTION(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
 PyMethodDef functions[] = {FUNCTION(setup), FUNCTION(pattern), FUNCTION(evaluate), FUNCTION(forward), FUNCTION(statistics),
                            FUNCTION(apply), FUNCTION(backward), FUNCTION(backward_sums), FUNCTION(backward_dx),
-                           FUNCTION(groups), FUNCTION(counts), FUNCTION(track), FUNCTION(mix), FUNCTION(mix_backward), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
+                           FUNCTION(groups), FUNCTION(counts), FUNCTION(track), FUNCTION(mix), FUNCTION(mix_backward),
+                           FUNCTION(gradients_of_moments), FUNCTION(sums_of_changed), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
                            {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
@@ -981,6 +1085,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functi
 
 PyMODINIT_FUNC PyInit__kernels() {
     PyObject* module = PyModule_Create(&definition);
-    if (module) PyModule_AddIntConstant(module, "INTERFACE", 3);  // one more where an entry takes other arguments
+    if (module) PyModule_AddIntConstant(module, "INTERFACE", 4);  // one more where an entry takes other arguments
     return module;
 }
