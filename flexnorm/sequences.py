@@ -266,7 +266,7 @@ def _jagged_rows(x: Any) -> tuple[Partition, Tensor | None]:
 class _OfSequences(Norm, nn.GroupNorm):
     """What both layers share: the containers, and what an `nn.GroupNorm` is from outside."""
 
-    _rows: str  # the pattern of rows one behind the other; what is between the sequences of a jagged tensor is masked
+    _rows: Spec  # the pattern of rows one behind the other; what is between the sequences of a jagged tensor is masked
 
     def __init__(
         self,
@@ -383,10 +383,9 @@ class _OfSequences(Norm, nn.GroupNorm):
 
     def _of_rows(self, call: Call, x: Tensor, segments: Partition, mask: Tensor | None) -> Call:
         """The call of packed rows."""
-        spec = Spec.parse(self._rows)
-        affine = spec.read("(g c)", "affine") if self.affine else None
+        affine = call.formula.affines[0] if call.formula.affines else None
         told = (("(g c)", self.num_channels), ("g", self.num_groups))
-        formula = formula_for(spec, call.formula.options, affine, told)
+        formula = formula_for(self._rows, call.formula.options, affine, told)
         names = {"seq": segments} if formula.lookups else NONE
         return call._replace(formula=formula, x=x, mask=mask, names=names)
 
@@ -424,7 +423,7 @@ class TokenGroupNorm(_OfSequences):
     Source: Wu and He, "Group Normalization", 2018.
     """
 
-    _rows = "t ... (g c), t -> t ... g"
+    _rows = Spec.parse("t ... (g c), t -> t ... g")
 
     def __init__(
         self,
@@ -492,7 +491,7 @@ class SequenceGroupNorm(_OfSequences):
     Source: Wu and He, "Group Normalization", 2018; the layer of wav2vec 2.0's first convolution and of the Conformer.
     """
 
-    _rows = "t (g c), t -> seq[t] g"
+    _rows = Spec.parse("t (g c), t -> seq[t] g")
 
     def __init__(
         self,

@@ -86,7 +86,7 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
         counts = {name: count for name, count in counts.items() if name not in self._values}
         block = None
         if not is_dynamo_compiling():
-            block = _Block(self._values)
+            block = _Block(self._values, threading.get_ident())
             self._blocks.append(block)
             _OPEN.setdefault(block.thread, []).append(block)
         _HERE.state = (before, values, {**counts, **self._counts}, block)
@@ -124,8 +124,8 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
 class _Block:
     """One time that a `given` was entered."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values, self.thread, self.is_open = values, threading.get_ident(), True
+    def __init__(self, values: Mapping[str, Any], thread: int) -> None:
+        self.values, self.thread, self.is_open = values, thread, True
         self.left = set(values)  # the names that no layer has taken yet
         self.ran = False  # a layer ran inside of the block
 
