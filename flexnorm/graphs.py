@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from .calls.arguments import Label, Options
+from .calls.arguments import Formula, Label, Options
 from .calls.call import Call, named
 from .calls.functional import formula_for, moments, normalize
+from .calls.given import something_given
 from .calls.gradients import OneVariance
 from .errors import ShapeError, SpecError, say, shown
 from .kernels import stat_dtype
 from .layers.norm import Norm
 from .layers.running import Known, RunningStatistics
 from .partition import Partition, counts_for
-from .spec import Spec
+from .spec import Expr, Spec
 from .statistics import Moments
+from .watching import unwatched
 
 try:
     from torch_geometric.data import Batch, Data, HeteroData
@@ -113,7 +115,21 @@ class _OfGraphs(Norm):
 
     def fit_call(self, call: Call) -> Call:
         """The graph of every node: of the call, or one graph for all."""
-        return super().fit_call(_with_graphs(call))
+        return _with_graphs(call)
+
+    def _each_graph(self, options: Options, params: Expr | None) -> Formula:
+        """The formula of every graph and channel by these options, and by no others than at the call before."""
+        formula: Formula | None = self.__dict__.get("_formula_of_each")
+        if formula is None or formula.options != options:
+            formula = self.__dict__["_formula_of_each"] = formula_for(_EACH_GRAPH, options, params, ())
+        return formula
+
+
+def _told(batch: Label | None, batch_size: int | None) -> dict[str, Any]:
+    """The names of a call."""
+    if batch is None or batch_size is not None:
+        return named(batch=batch, batch_size=batch_size)
+    return {"batch": batch}
 
 
 def _with_graphs(call: Call, label: str = "batch", size: str = "batch_size") -> Call:
@@ -123,19 +139,17 @@ def _with_graphs(call: Call, label: str = "batch", size: str = "batch_size") -> 
         label: the name of the label. Without it in the call, the graphs of `batch` are the label.
         size: the name under which the number of graphs comes.
     """
-    x, names = call.x, dict(call.names)
-    count, batch = names.pop(size, None), names.pop("batch", None)
-    if label in names:
+    x, names, name = call.x, call.names, "batch"
+    count, batch = names.get(size), names.get("batch")
+    if label != "batch" and label in names:
         name, batch, count = label, names[label], None
-    else:
-        name = "batch"
     if not isinstance(x, Tensor):  # the pattern refuses it
-        return call._replace(names=names)
+        return call.fit(x, call.mask, {})
     if batch is None:
-        names[label] = Partition._made(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
+        graphs = Partition._made(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
     else:
-        names[label] = _read(x, batch, count, name, size)
-    return call._replace(names=names)
+        graphs = _read(x, batch, count, name, size)
+    return call.fit(x, call.mask, {label: graphs})
 
 
 def _read(x: Tensor, batch: Any, count: int | None, name: str, told: str) -> Partition:
@@ -260,7 +274,7 @@ class GraphGroupNorm(_OfGraphs):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        return super().forward(x, labels=named(batch=batch, batch_size=batch_size))
+        return super().forward(x, labels=_told(batch, batch_size))
 
 
 class FeatureGroupNorm(_OfGraphs):
@@ -329,7 +343,7 @@ class FeatureGroupNorm(_OfGraphs):
         if "groups" in call.names:
             names = {"groups": call.names["groups"]}
             return Norm.fit_call(self, call._replace(names=names))
-        return Norm.fit_call(self, _with_graphs(call, "groups"))
+        return _with_graphs(call, "groups")
 
 
 # --- PyG's own -------------------------------------------------------------------------------------------------------
@@ -372,15 +386,16 @@ class GraphNorm(_OfGraphs, pyg.GraphNorm):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        return Norm.forward(self, x, labels=named(batch=batch, batch_size=batch_size))
+        return Norm.forward(self, x, labels=_told(batch, batch_size))
 
     def fit_call(self, call: Call) -> Call:
         """About a share of the mean."""
-        return super().fit_call(call._replace(center=self.mean_scale))
+        return _with_graphs(call._replace(center=self.mean_scale))
 
 
 _EACH_GRAPH = Spec.parse("v c -> batch[v] c")
 _CHANNELS = _EACH_GRAPH.read("c", "affine")
+_ONE_VARIANCE = (OneVariance(),)
 
 
 class _OfGraphsEach(RunningStatistics):
@@ -452,14 +467,14 @@ class InstanceNorm(_OfGraphs, pyg.InstanceNorm):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        return Norm.forward(self, x, labels=named(batch=batch, batch_size=batch_size))
+        return Norm.forward(self, x, labels=_told(batch, batch_size))
 
     def fit_call(self, call: Call) -> Call:
         """The sets of every graph; running statistics are those of no graph."""
         if self.running_mean is not None and not self.training:
             return Norm.fit_call(self, call._replace(names={}))
-        formula = formula_for(_EACH_GRAPH, call.formula.options, _CHANNELS if self.affine else None, ())
-        return super().fit_call(call._replace(formula=formula))
+        formula = self._each_graph(call.formula.options, _CHANNELS if self.affine else None)
+        return _with_graphs(call._replace(formula=formula))
 
 
 class LayerNorm(_OfGraphs, pyg.LayerNorm):
@@ -519,11 +534,11 @@ class LayerNorm(_OfGraphs, pyg.LayerNorm):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        return Norm.forward(self, x, labels=named(batch=batch, batch_size=batch_size))
+        return Norm.forward(self, x, labels=_told(batch, batch_size))
 
     def fit_call(self, call: Call) -> Call:
         """The graph of every node, in that mode."""
-        return Norm.fit_call(self, call._replace(names={})) if self.mode == "node" else super().fit_call(call)
+        return call.fit(call.x, None, {}) if self.mode == "node" else _with_graphs(call)
 
 
 class MeanSubtractionNorm(_OfGraphs, pyg.MeanSubtractionNorm):
@@ -550,7 +565,7 @@ class MeanSubtractionNorm(_OfGraphs, pyg.MeanSubtractionNorm):
 
     def fit_call(self, call: Call) -> Call:
         """The graph of every node."""
-        return Norm.fit_call(self, _with_graphs(call, size="dim_size"))
+        return _with_graphs(call, size="dim_size")
 
 
 class PairNorm(_OfGraphs, pyg.PairNorm):
@@ -585,16 +600,15 @@ class PairNorm(_OfGraphs, pyg.PairNorm):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Normalizes x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        return Norm.forward(self, x, labels=named(batch=batch, batch_size=batch_size))
+        return Norm.forward(self, x, labels=_told(batch, batch_size))
 
     def fit_call(self, call: Call) -> Call:
         """Every channel of a graph is centered, and all of them have one variance: the mean of the squared lengths."""
-        call = super().fit_call(call)
+        call = _with_graphs(call)
         if self.scale_individually:  # centered here, and given its length in `unfit`
-            formula = formula_for(_EACH_GRAPH, Options(scale=False), None, ())
-            return call._replace(x=_wide(call.x), formula=formula)
-        formula = formula_for(_EACH_GRAPH, Options(eps=self.eps), _CHANNELS, ())
-        return call._replace(formula=formula, wholes=(OneVariance(),), stages=((self._length(call.x), None),))
+            return call._replace(x=_wide(call.x), formula=self._each_graph(Options(scale=False), None))
+        formula = self._each_graph(Options(eps=self.eps), _CHANNELS)
+        return call._replace(formula=formula, wholes=_ONE_VARIANCE, stages=((self._length(call.x), None),))
 
     def unfit(self, call: Call, y: Tensor) -> Tensor:
         """Every node of one length, if each of them is scaled."""
@@ -629,7 +643,12 @@ class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
         self, x: Tensor, batch: Label | None = None, batch_size: int | None = None
     ) -> Tensor:
         """Scales x, (nodes, channels), by graphs: batch, (nodes,), and their number if batch does not show it."""
-        return Norm.forward(self, x, labels=named(batch=batch, batch_size=batch_size))
+        if something_given() or not (unwatched(x) and x.dim() == 2 and x.is_floating_point()):
+            return Norm.forward(self, x, labels=_told(batch, batch_size))
+        # Three operations, because a batch of graphs is small.
+        graphs = _with_graphs(Call(self.formula, x, names=_told(batch, batch_size))).names["batch"]
+        y = x * counts_for(graphs, x).rsqrt().index_select(0, graphs._ids).unsqueeze(-1)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def fit_call(self, call: Call) -> Call:
         """By the number of nodes of every graph, as if it were the mean square."""

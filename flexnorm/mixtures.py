@@ -18,7 +18,7 @@ from .errors import SpecError, say, shown
 from .images import broadcasts, over_pixels
 from .layers.norm import Norm
 from .layers.running import checked_momentum
-from .layers.static_labels import given_once, read_labels
+from .layers.static_labels import given_once
 from .partition import Partition, whole
 from .spec import Axis, Lookup, Spec
 from .statistics import Moments, each
@@ -382,9 +382,7 @@ class Mixture(Norm):
             rule, instead = "the moments of a call are those of this rank", "norm(x) in training, which asks the others"
             raise SpecError(say(rule, received=f"sharded={' '.join(self._sharding.names)!r}", instead=instead))
         dynamic = names if labels is None else given_once(self._spec, names, labels)
-        partitions = read_labels(
-            Call(self.formula, seen.mean, names=dynamic), self._spec, self._lookups, self._static, self._counts
-        )
+        partitions = self.fitted(Call(self.formula, seen.mean, names=dynamic)).names
         found: dict[str, Tensor] = {}
         for k in range(len(self._coarser)):
             norm = self._running_of(k)

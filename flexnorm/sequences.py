@@ -313,6 +313,8 @@ class _OfSequences(Norm, nn.GroupNorm):
             cu_seqlens: x is packed; where every sequence begins, and the end of the last: (batch + 1). Or a `Partition`
                 of the rows, which serves many layers.
         """
+        if lengths is None and key_padding_mask is None and cu_seqlens is None:
+            return super().forward(x, mask)
         told = named(lengths=lengths, key_padding_mask=key_padding_mask, cu_seqlens=cu_seqlens)
         return super().forward(x, mask, labels=told)
 
@@ -330,17 +332,18 @@ class _OfSequences(Norm, nn.GroupNorm):
         """Padded rows with a mask, packed rows with their sequences as labels."""
         x, mask, names = call.x, call.mask, call.names
         self._check(x, names if mask is None else {"mask": mask, **names})
+        if not names and mask is None and not x.is_nested:
+            if x.numel() == self.num_groups:
+                size = list(x.shape)
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+            return call
         if x.is_nested:
             return self._of_rows(call, *self._jagged(x))
         cu_seqlens, lengths, padding = names.get("cu_seqlens"), names.get("lengths"), names.get("key_padding_mask")
         if cu_seqlens is not None:
             segments = _segments(cu_seqlens, x.shape[0], x.device)
             return self._of_rows(call, x, segments, as_mask(mask, None, padding, batch=(), time=x.shape[0]))
-        if names or mask is not None:
-            mask = as_mask(mask, lengths, padding, **self._place(x))
-        elif x.numel() == self.num_groups:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)}")
-        return call._replace(mask=mask, names=NONE)
+        return call.fit(x, as_mask(mask, lengths, padding, **self._place(x)), NONE)
 
     def unfit(self, call: Call, y: Tensor) -> Tensor:
         """The jagged tensor of the rows."""

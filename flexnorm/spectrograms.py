@@ -494,8 +494,8 @@ def _check(x: Tensor, num_frequencies: int | None) -> None:
 
 def _of_frames(call: Call) -> Call:
     """The call with a mask in place of lengths."""
-    names = dict(call.names)
-    return call._replace(mask=_frames(call.x, names.pop("lengths", None), call.mask), names=names)
+    names = {name: value for name, value in call.names.items() if name != "lengths"}
+    return call.fit(call.x, _frames(call.x, call.names.get("lengths"), call.mask), names)
 
 
 def _frames(x: Tensor, lengths: Tensor | Sequence[int] | None, mask: Tensor | None) -> Tensor | None:

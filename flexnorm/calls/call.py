@@ -19,6 +19,9 @@ FIELDS = {"self", "x", "input", "mask", "weight", "bias", "moments", "return_mom
 NONE: Mapping[str, Any] = MappingProxyType({})
 
 
+new = tuple.__new__  # makes a NamedTuple of all fields in half the time of its class
+
+
 class Call(NamedTuple):
     """One call of a layer, or of `normalize`.
 
@@ -52,6 +55,11 @@ class Call(NamedTuple):
     def is_alone(self) -> bool:
         """Whether no set goes on over other ranks."""
         return self.ranks is None or not self.ranks.groups
+
+    def fit(self, x: Tensor, mask: Tensor | None, names: Mapping[str, Any]) -> Call:
+        """The same call of another x, with another mask and other names. Faster than `_replace`."""
+        formula, _, _, stages, moments, _, want, center, wholes, ranks = self
+        return new(Call, (formula, x, mask, stages, moments, names, want, center, wholes, ranks))
 
 
 class Result(NamedTuple):

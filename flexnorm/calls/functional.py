@@ -26,7 +26,7 @@ from .arguments import (
     spec_along,
     unnamed_axes,
 )
-from .call import ALONE, Call
+from .call import ALONE, Call, new
 from .ranks import Ranks, Sharding
 from .routes import compiling, own_moments, run
 
@@ -120,7 +120,7 @@ def normalize(
         if asked is not None and (affine is not None or (weight is None and bias is None)):
             formula, partitions = asked
             given = () if affine is None else ((weight, bias),)
-            return run(tuple.__new__(Call, (formula, x, mask, given, moments, partitions, False, share, (), None)))[0]
+            return run(new(Call, (formula, x, mask, given, moments, partitions, False, share, (), None)))[0]
     options = Options(centered, scale, eps, activation)
     spec = Spec.parse(pattern)
     params = None if affine is None else spec.read(affine, "affine")

@@ -297,6 +297,18 @@ def is_share(share: Tensor, mean: Tensor) -> bool:
     return share.dim() <= mean.dim() and all(size in (1, of_sets) for size, of_sets in sizes)
 
 
+def about(how: How, own: Moments, share: Tensor) -> Moments:
+    """The moments about a share of the mean."""
+    if type(how) is not Bound:
+        return own.about(share)
+    found = _KERNELS.about(own.count, own.mean, own.m2, own.low, share)
+    if found is None:
+        if not is_share(share, own.mean):
+            raise Closer
+        return own.about(share)
+    return Moments(own.count, *found)
+
+
 class Step(NamedTuple):
     """The step over sets: what is done with moments between the passes over x, and with sums on the way back.
 
@@ -326,10 +338,16 @@ class Step(NamedTuple):
         return part
 
     def back(
-        self, rule: Any, own: Moments, used: Moments, share: Tensor | None, sums: Sums
+        self, how: How, own: Moments, used: Moments, share: Tensor | None, sums: Sums
     ) -> tuple[Sums, Tensor | None]:
         """The sums of the whole sets, as `backward_dx` takes them, and the gradient of the share."""
+        rule = how.options
         dshare = None
+        if share is not None and not self.wholes and type(how) is Bound and not torch.is_grad_enabled():
+            given = (own.count, own.mean, used.m2, share, sums.grad, sums.grad_xhat, float(rule.eps), rule.scale)
+            found = _KERNELS.share_backward(*given)
+            if found is not None:
+                return Sums(found[0], sums.grad_xhat, sums.weight, sums.bias), found[1]
         if share is not None:
             scaled, rest = own.mean * aten.inverse_sigma(rule, used), -sums.grad
             if rule.scale:
@@ -342,50 +360,49 @@ class Step(NamedTuple):
 
 
 class Stepped(torch.autograd.Function):
-    """y, and the moments of x, with a step over sets between the two passes over x."""
+    """y, with a step over sets between the two passes over x."""
 
     @staticmethod
     def forward(
         ctx: Any,
         how: How,
         step: Step,
+        kept: list[Moments] | None,  # takes the moments of x
         share: Tensor | None,
         x: Tensor,
         mask: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-    ) -> tuple[Tensor | None, ...]:
+    ) -> Tensor:
         own = step.merged(how.statistics(x, mask))
-        if share is not None and not is_share(share, own.mean):
-            raise Closer
-        used = own if share is None else own.about(share)
-        fields = (own.count, own.mean, own.m2, own.low)
+        used = own if share is None else about(how, own, share)
         ctx.how, ctx.step = how, step
-        ctx.save_for_backward(share, x, mask, weight, bias, *fields)
-        ctx.mark_non_differentiable(*(t for t in fields if t is not None))
-        return itself(how.apply(Operands(x, mask, weight, bias), used)), *fields
+        ctx.save_for_backward(share, x, mask, weight, bias, own.count, own.mean, own.m2, own.low)
+        if kept is not None:
+            kept.append(own)
+        return itself(how.apply(Operands(x, mask, weight, bias), used))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         share, x, mask, weight, bias, *fields = ctx.saved_tensors
         how, step, operands, own = ctx.how, ctx.step, Operands(x, mask, weight, bias), Moments(*fields)
         if torch.is_grad_enabled() or seen_through((dy, x)):  # differentiated again: of moments that depend on x
             how = how.composed(operands)
             own = step.merged(how.statistics(x, mask))
-        used = own if share is None else own.about(share)
+        used = own if share is None else about(how, own, share)
         try:
             sums = how.backward_sums(operands, used, dy)
         except Closer:
             how = how.composed(operands)
             sums = how.backward_sums(operands, used, dy)
-        whole, dshare = step.back(how.options, own, used, share, sums)
+        whole, dshare = step.back(how, own, used, share, sums)
         if not step.needed:
-            return None, None, dshare, None, None, sums.weight, sums.bias
+            return None, None, None, dshare, None, None, sums.weight, sums.bias
         try:
             dx, dmask = how.backward_dx(operands, used, dy, whole)
         except Closer:
             dx, dmask = how.composed(operands).backward_dx(operands, used, dy, whole)
-        return None, None, dshare, dx, dmask, sums.weight, sums.bias
+        return None, None, None, dshare, dx, dmask, sums.weight, sums.bias
 
 
 class Statistics(torch.autograd.Function):

@@ -163,14 +163,22 @@ class Sharding:
             return Ranks([])
         return Ranks([collectives.group_of(self.process_group)])  # not kept: groups end before their process
 
-    def of(self, spec: Spec) -> Sharding:
-        """The same axes and group, of other sets."""
-        other = Sharding(spec, self.names, self.process_group, as_torch=self.as_torch)
-        other._left_out = self._left_out
+    def of(self, spec: Spec, *group: Any) -> Sharding:
+        """The same axes, of other sets; with the same group, if none is told."""
+        other = Sharding(spec, self.names, *(group or (self.process_group,)), as_torch=self.as_torch)
+        other._left_out = self._left_out and not group
         return other
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "process_group": None, "_left_out": self.process_group is not None}
+
+
+def regrouped(sharding: Sharding | None, layer: Any, group: Any) -> Sharding:
+    """The sharding of a layer, with another process group."""
+    if sharding is None:
+        rule, received = "a process group is one of sharded axes", f"{layer}, without sharded="
+        raise SpecError(say(rule, received=received, instead='Norm(..., sharded="n", process_group=group)'))
+    return sharding.of(layer.spec, group)
 
 
 def is_kept(spec: Spec, axis: Axis | Dots) -> bool:

@@ -17,7 +17,7 @@ from ..statistics import Moments
 from ..watching import unwatched
 from . import complexes, traced
 from .arguments import Formula, outward_moments
-from .call import ALONE, Call, Result
+from .call import ALONE, Call, Result, new
 from .gradients import (
     Apply,
     Bound,
@@ -58,16 +58,15 @@ def run(call: Call, *, tracked: bool = False, change: Change | None = None) -> R
         tracked: the moments are asked for, without gradients of their own.
         change: makes the moments that x is normalized by of its own; differentiable. The result has these.
     """
-    plain = unwatched(call.x) and call.is_alone
-    if call.moments is not None and (call.center is not None or call.wholes):
-        call = call._replace(moments=_step_of(call)(call.moments), center=None, wholes=())
-    if change is not None and call.moments is None:
+    _, x, _, _, moments, _, _, _, _, ranks = call
+    plain = (ranks is None or not ranks.groups) and unwatched(x)
+    if change is not None and moments is None:
         return _by_change(call, change, plain)
     if plain:
-        kept: list[Any] | None = [] if tracked and call.moments is None else None
+        kept: list[Any] | None = [] if tracked and moments is None else None
         y = bound(call, kept)
         if y is not None:
-            return Result(y, moments_of(call.x, kept) if kept else call.moments)
+            return new(Result, (y, moments_of(x, kept) if kept else moments))
     return _routed(call, tracked)
 
 
@@ -106,6 +105,8 @@ def bound(call: Call, kept: list[Any] | None = None) -> Tensor | None:
         weight, bias = stages[0] if stages else (None, None)
         if moments is not None or center is not None or wholes:
             how = Bound(pattern, groups, formula, labels)
+            if moments is not None and (center is not None or wholes):
+                moments = _step_of(call)(moments)
             return _bound_to(how, Operands(x, mask, weight, bias), moments, center, wholes)
         y: Tensor | None
         if torch.is_grad_enabled() and (
@@ -140,7 +141,7 @@ def _bound_to(
             share = center.to(stat_dtype(x.dtype))
         if (share is not None and share.is_complex()) or (operands.mask is not None and operands.mask.requires_grad):
             raise Closer
-        return cast(Tensor, stepped(how, Step(wholes), share, *operands)[0])  # type: ignore[no-untyped-call]
+        return cast(Tensor, stepped(how, Step(wholes), None, share, *operands))  # type: ignore[no-untyped-call]
     external = _external(how, moments, x)
     fields = (external.count, external.mean, external.m2, external.low)
     if not (torch.is_grad_enabled() and any_requires_grad((*operands, *fields[:3]))):
@@ -204,7 +205,10 @@ def _routed(call: Call, tracked: bool) -> Result:
     """All other ways: traced, of a DTensor, of complex numbers, over ranks, and by the other backends."""
     x, moments, ranks = call.x, call.moments, call.ranks or ALONE
     if call.center is not None or call.wholes:
-        return _by_change(call, same, False)
+        if moments is None:
+            return _by_change(call, same, False)
+        moments = _step_of(call)(moments)
+        call = call._replace(moments=moments, center=None, wholes=())
     if compiling(x, ranks):
         return _traced(call, tracked=tracked, apart=False, cumulative=False)
     if type(x) is not Tensor and is_dtensor(x):
@@ -369,8 +373,9 @@ def _of_whole(recipe: Recipe, operands: Operands, ranks: Ranks, wholes: Sequence
     plan = choose(recipe, operands, differentiated=differentiated, transformed=transformed, moments="asked for")
     how, step = Composed(recipe, ROOMS[plan.room]), Step(wholes, needed)
     if differentiated and not transformed:
-        y, *fields = Stepped.apply(how, step, None, *operands)  # type: ignore[no-untyped-call]
-        return Result(y, Moments(*fields))
+        kept: list[Moments] = []
+        y = Stepped.apply(how, step, kept, None, *operands)  # type: ignore[no-untyped-call]
+        return Result(y, kept[0])
     m = step.merged(how.statistics(operands.x, operands.mask))
     return Result(how.apply(operands, m), m)
 

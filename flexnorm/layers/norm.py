@@ -21,16 +21,16 @@ from ..calls.arguments import (
     sort_names,
     spec_along,
 )
-from ..calls.call import ALONE, FIELDS, Call, Result, Used
+from ..calls.call import ALONE, FIELDS, Call, Result, Used, new
 from ..calls.given import check_recomputation, given_here, something_given, takes
-from ..calls.ranks import Ranks, Sharding
-from ..calls.routes import run, same
-from ..errors import ShapeError, SpecError, say, shown
+from ..calls.ranks import Ranks, Sharding, regrouped
+from ..calls.routes import Change, run, same
+from ..errors import ShapeError, SpecError, say
 from ..partition import Partition, whole
 from ..spec import Expr, Spec
 from ..statistics import Moments
 from . import streams
-from .parameters import check_combination, fixed_shape, with_given
+from .parameters import check_combination, check_kinds, described, fixed_shape, with_given
 from .running import calibrate, checked_momentum
 from .state import _Stateful
 from .static_labels import StaticLabels, given_once, read_labels
@@ -115,10 +115,7 @@ class Norm(_Stateful):
         self._spec = Spec.parse(pattern)
         self._options = Options(center, scale, eps, activation)
         self.eps = eps
-        if not isinstance(bias, bool) or (dtype is not None and not (dtype.is_floating_point or dtype.is_complex)):
-            received = f"bias={shown(bias)}, dtype={dtype}"
-            rule, instead = "bias is True or False, and dtype floating or complex", "bias=False, dtype=torch.float32"
-            raise SpecError(say(rule, received=received, instead=instead))
+        check_kinds(bias, dtype)
         self._affine = None if affine is None else self._spec.read(affine, "affine")
         self._conditional = None if conditional is None else self._spec.read(conditional, "conditional")
         read = [self._affine, self._conditional, *self.__dict__.get("_beside", ())]  # a mixture reads more labels
@@ -154,6 +151,9 @@ class Norm(_Stateful):
         labelled = any(True for _ in self._spec.sets.lookups())
         kept = self._fixed_shape(self._spec.sets, "running statistics") if track_running_stats else None
         self.running_statistics.build(self, kept, labelled, device, dtype)
+        fits = self._fits or self._unfits or self._changes_moments or self._static.held
+        along = conditional is not None or cumulative is not None or sharded is not None
+        self._is_plain = not (fits or along or track_running_stats)
         self.reset_parameters()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -168,7 +168,7 @@ class Norm(_Stateful):
         takes_any = [p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
         cls._keywords = tuple(name for name in takes_any[2:] if name not in FIELDS)
 
-    _fits = _fits_masks = _unfits = _changes_moments = False
+    _fits = _fits_masks = _unfits = _changes_moments = _is_plain = False
     _keywords: tuple[str, ...] = ()
 
     def reset_running_stats(self) -> None:
@@ -236,38 +236,40 @@ class Norm(_Stateful):
                 nothing: training as a function, for `torch.func`. `updated` says what the running statistics become.
             labels, **names: the labels that are no part of the layer.
         """
-        result = self._answer(self._call(x, mask, weight, bias, moments, return_moments, labels, names))
-        return (result.y, result.moments) if return_moments else result.y
-
-    def _call(
-        self,
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        moments: Moments | None,
-        want: bool,
-        labels: Mapping[str, Label] | None,
-        names: Mapping[str, Any],
-    ) -> Call:
-        """The call as the user made it."""
-        if labels is not None:
-            names = given_once(self._spec, names, labels)
+        usual = self._is_plain and mask is None and weight is None and bias is None and labels is None and not names
+        if usual and not (return_moments or something_given() or self._was_given):
+            call = new(Call, (self.formula, x, None, self.stages, moments, names, False, None, (), None))
+            try:
+                return run(call)[0]
+            except (SpecError, ShapeError):
+                self._say_more(call)
+                raise
+        told = names if labels is None else given_once(self._spec, names, labels)
         given = () if weight is None and bias is None else ((weight, bias),)
-        return Call(self.formula, x, mask, given, moments, names, want)
+        call = new(Call, (self.formula, x, mask, given, moments, told, return_moments, None, (), None))
+        if something_given() or self._was_given or self._sharding is not None:
+            result = self._around(call)
+        else:
+            result = self._answer(call)
+        return tuple(result) if return_moments else result[0]
 
-    def _answer(self, call: Call) -> Result:
-        """The result of a call as the user made it; what is given around the call joins it."""
-        if not (something_given() or self._was_given):
-            return self._together(call)
+    # --- a call, step by step
+
+    def _around(self, call: Call) -> Result:
+        """The answer to a call that something is given around, or that other ranks take part in."""
         try:
-            return self._together(self._with_given_around(call))
+            call = self._with_given(call)
+            if self._sharding is None or call.moments is not None or self._evaluates_by_running():
+                return self._answer(call)
+            with self.ranks() as ranks:
+                return self._answer(call._replace(ranks=ranks))
         except (SpecError, ShapeError) as error:
-            if not (around := given_here()):
+            if not (something_given() and (around := given_here())):
                 raise
             raise type(error)(f"{error}\n  in:       {self}, inside of given({', '.join(around)})") from None
 
-    def _with_given_around(self, call: Call) -> Call:
+    def _with_given(self, call: Call) -> Call:
+        """The call as the user made it, with what is given around it."""
         if not (something_given() or self._was_given):
             return call
         around = given_here()
@@ -277,38 +279,47 @@ class Norm(_Stateful):
         check_recomputation(self, told.mask is not call.mask or len(told.names) > len(call.names))
         return told
 
-    def _together(self, call: Call) -> Result:
-        """The result; with `sharded`, of all ranks together."""
+    def _answer(self, made: Call) -> Result:
+        """The result of a call as the user made it, or with what is given around it."""
         try:
-            if self.__dict__["_sharding"] is None or call.moments is not None or self._evaluates_by_running():
-                return self._result(call)
-            with self.ranks() as ranks:
-                return self._result(call._replace(ranks=ranks))
+            call, tracked = self._ready(made)
+            change: Change | None = None
+            if call.moments is None:
+                if self._changes_moments:
+                    return self._changed(made, call)
+                if call.want or self._cumulative is not None:
+                    change = same if self._cumulative is None else Moments.cumulative
+            result = self.running_statistics.run(self, call) if tracked else run(call, change=change)
         except (SpecError, ShapeError):
-            if self._fits_masks and call.mask is None:  # a layer of a field says more about x than its pattern
-                self.fit_call(call)
+            self._say_more(made)
             raise
+        return Result(self.unfit(made, result.y), result.moments) if self._unfits else result
 
-    def _result(self, made: Call) -> Result:
-        call = self._staged(made, self.fitted(made))
+    def _say_more(self, made: Call) -> None:
+        """Raises, where a layer of a field says more about x than its pattern does."""
+        if self._fits_masks and made.mask is None:
+            self.fit_call(made)
+
+    def _ready(self, made: Call) -> tuple[Call, bool]:
+        """The fitted call with all stages, by the running statistics in evaluation; and whether these move with it."""
+        call = self.fitted(made)
+        formula, x, mask, stages, moments, names, want, center, wholes, ranks = call
         if made.mask is not None and not torch.compiler.is_compiling():
             self.__dict__["_masked"] = True
-        tracked = False
-        if (mean := self.__dict__["_buffers"].get("running_mean")) is not None:
-            running = self.running_statistics
-            if call.moments is None:
+        tracked, mean = False, self._buffers.get("running_mean")
+        if mean is not None:
+            if moments is None:
                 if self.training:
-                    tracked = self.track_running_stats and not call.want
+                    tracked = self.track_running_stats and not want
                 else:
-                    call = call._replace(moments=running.moments(self))
-            running.check_kind(self, call.x, mean)
-        if call.moments is None and self._changes_moments:
-            return self._changed(made, call)
-        if call.moments is None and (call.want or self._cumulative is not None):
-            result = run(call, change=same if self._cumulative is None else Moments.cumulative)
-        else:
-            result = self.running_statistics.run(self, call) if tracked else run(call)
-        return Result(self.unfit(made, result.y), result.moments) if self._unfits else result
+                    moments = self.running_statistics.moments(self)
+            if x.dtype != mean.dtype:
+                self.running_statistics.check_kind(self, x, mean)
+        if made.stages or self._conditional is not None:
+            stages = with_given(self._spec, self._conditional, self.stages, made.stages)
+        elif not stages:  # a layer of a field may have made its stages
+            stages = self.stages
+        return new(Call, (formula, x, mask, stages, moments, names, want, center, wholes, ranks)), tracked
 
     def _changed(self, made: Call, call: Call) -> Result:
         """The result by the moments that the layer makes of the moments of x."""
@@ -327,16 +338,10 @@ class Norm(_Stateful):
     def fitted(self, made: Call) -> Call:
         """The call as the formula reads it, with labels as Partitions. Nothing is computed from x."""
         call = self.fit_call(made) if self._fits or (self._fits_masks and made.mask is not None) else made
-        static = self.__dict__["_static"]
-        if call.names or static.held:
-            return call._replace(names=read_labels(call, self._spec, self._lookups, static, self._counts))
+        if call.names or self._static.held:
+            names = read_labels(call, self._spec, self._lookups, self._static, self._counts)
+            return call if names is None else call.fit(call.x, call.mask, names)
         return call
-
-    def _staged(self, made: Call, call: Call) -> Call:
-        """The fitted call with all affine stages."""
-        if made.stages or self._conditional is not None:
-            return call._replace(stages=with_given(self._spec, self._conditional, self.stages, made.stages))
-        return call if call.stages else call._replace(stages=self.stages)  # a layer may have made the stages
 
     # --- what a layer of a field makes of a call
 
@@ -401,8 +406,9 @@ class Norm(_Stateful):
     @property
     def formula(self) -> Formula:
         """The pattern with its options, affine stages and told sizes. `eps` may be set anew."""
-        formula = self._formula
-        if self.eps != formula.options.eps:
+        own = self.__dict__  # attributes of modules take longer
+        formula: Formula = own["_formula"]
+        if own["eps"] != formula.options.eps:
             options = replace(self._options, eps=self.eps)
             formula = self._formula = Formula(formula.spec, options, formula.affines, self._sizes)
         return formula
@@ -410,12 +416,14 @@ class Norm(_Stateful):
     @property
     def stages(self) -> tuple[Param, ...]:
         """The learned weight and bias, as the first stage of a call; none without `affine`."""
-        if self._affine is None:
+        own = self.__dict__
+        if own["_affine"] is None:
             return ()
-        own = self._parameters  # self.weight takes a microsecond; parametrizations move it elsewhere
-        if "weight" in own and "bias" in own:
-            return ((own["weight"], own["bias"]),)
-        return ((self.weight, self.bias),)
+        learned = own["_parameters"]
+        try:
+            return ((learned["weight"], learned["bias"]),)
+        except KeyError:  # parametrizations move them elsewhere
+            return ((self.weight, self.bias),)
 
     @property
     def labels(self) -> dict[str, Partition]:
@@ -442,11 +450,7 @@ class Norm(_Stateful):
 
     @process_group.setter
     def process_group(self, group: Any) -> None:
-        if self._sharding is None:
-            rule, received = "a process group is one of sharded axes", f"{self}, without sharded="
-            raise SpecError(say(rule, received=received, instead='Norm(..., sharded="n", process_group=group)'))
-        old = self._sharding
-        self._sharding = Sharding(self._spec, old.names, group, self._cumulative, as_torch=old.as_torch)
+        self._sharding = regrouped(self._sharding, self, group)
 
     # --- streams
 
@@ -487,13 +491,15 @@ class Norm(_Stateful):
         if self._cumulative is None:
             rule, instead = "a layer that takes steps knows the axis they go along", 'Norm(..., cumulative="t")'
             raise SpecError(say(rule, text=self._spec.text, received=f"{self}", instead=instead))
-        made = self._with_given_around(self._call(x, mask, weight, bias, None, False, labels, names))
+        told = names if labels is None else given_once(self._spec, names, labels)
+        given = () if weight is None and bias is None else ((weight, bias),)
+        made = self._with_given(Call(self.formula, x, mask, given, None, told))
         if self._sharding is None:  # a compiler knows no such block as below
-            call, new = streams.step(self._staged(made, self.fitted(made)), state, self._spec.text)
+            call, new = streams.step(self._ready(made)[0], state, self._spec.text)
         else:
             with self.ranks() as ranks:
                 made = made._replace(ranks=ranks)
-                call, new = streams.step(self._staged(made, self.fitted(made)), state, self._spec.text)
+                call, new = streams.step(self._ready(made)[0], state, self._spec.text)
         return self.unfit(made, run(call).y), new
 
     # --- running statistics
@@ -510,24 +516,7 @@ class Norm(_Stateful):
 
     def extra_repr(self) -> str:
         """What `print(norm)` shows."""
-        said = [self._said()]
-        said += [f"{name}={size}" for name, size in self._sizes.items() if name.isidentifier()]
-        compositions = {name: size for name, size in self._sizes.items() if not name.isidentifier()}
-        said += [f"sizes={compositions}"] if compositions else []
-        said += [f"{name}={self._static.get(name, count)}" for name, count in self._counts.items()]
-        exprs = {"affine": self._affine, "conditional": self._conditional}
-        said += [f"{name}='{expr}'" for name, expr in exprs.items() if expr is not None]
-        said += [f"{name}={list(p.shape)}" for name, p in self.named_parameters(recurse=False)]
-        said += [f"cumulative={self._cumulative!r}"] if self._cumulative is not None else []
-        said += [f"sharded={' '.join(self._sharding.names)!r}"] if self._sharding is not None else []
-        if self.track_running_stats:
-            said.append(f"momentum={self.momentum}, track_running_stats=True")
-        defaults = Options()
-        for name in Options.__dataclass_fields__:
-            value = self.eps if name == "eps" else getattr(self._options, name)
-            if value != getattr(defaults, name):
-                said.append(f"{name}={value!r}")
-        return ", ".join(said)
+        return described(self)
 
     def _fixed_shape(self, expr: Expr, what: str) -> tuple[int, ...]:
         return fixed_shape(self._spec, expr, what, self._sizes, self._counts, self._lookups)

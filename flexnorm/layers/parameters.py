@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from ..axes import solve
-from ..calls.arguments import Param
+from ..calls.arguments import Options, Param
 from ..errors import SpecError, say, shown
 from ..spec import Atom, Axis, Expr, Group, Lookup, Spec, keyword
 
@@ -98,3 +100,33 @@ def check_combination(
         received = f"cumulative={cumulative!r}, track_running_stats={track_running_stats}, "
         received += f"process_group={shown(process_group)}"
         raise SpecError(say(rule, text=spec.text, received=received, instead=instead))
+
+
+def check_kinds(bias: object, dtype: torch.dtype | None) -> None:
+    """Raises where parameters cannot be of this kind."""
+    if not isinstance(bias, bool) or (dtype is not None and not (dtype.is_floating_point or dtype.is_complex)):
+        received = f"bias={shown(bias)}, dtype={dtype}"
+        rule, instead = "bias is True or False, and dtype floating or complex", "bias=False, dtype=torch.float32"
+        raise SpecError(say(rule, received=received, instead=instead))
+
+
+def described(layer: Any) -> str:
+    """What a layer was built with, as `print` shows it."""
+    said = [layer._said()]
+    said += [f"{name}={size}" for name, size in layer._sizes.items() if name.isidentifier()]
+    compositions = {name: size for name, size in layer._sizes.items() if not name.isidentifier()}
+    said += [f"sizes={compositions}"] if compositions else []
+    said += [f"{name}={layer._static.get(name, count)}" for name, count in layer._counts.items()]
+    exprs = {"affine": layer._affine, "conditional": layer._conditional}
+    said += [f"{name}='{expr}'" for name, expr in exprs.items() if expr is not None]
+    said += [f"{name}={list(p.shape)}" for name, p in layer.named_parameters(recurse=False)]
+    said += [f"cumulative={layer._cumulative!r}"] if layer._cumulative is not None else []
+    said += [f"sharded={' '.join(layer._sharding.names)!r}"] if layer._sharding is not None else []
+    if layer.track_running_stats:
+        said.append(f"momentum={layer.momentum}, track_running_stats=True")
+    defaults = Options()
+    for name in Options.__dataclass_fields__:
+        value = layer.eps if name == "eps" else getattr(layer._options, name)
+        if value != getattr(defaults, name):
+            said.append(f"{name}={value!r}")
+    return ", ".join(said)

@@ -159,8 +159,10 @@ def _kept(partition: Partition, device: torch.device) -> Partition:
         return Partition._made(ids.to(device) if away else ids.clone(), partition.count)._settle()
 
 
-def given_once(spec: Spec, names: Mapping[str, Label], labels: Mapping[str, Label]) -> dict[str, Label]:
+def given_once(spec: Spec, names: Mapping[str, Label], labels: Mapping[str, Label]) -> Mapping[str, Label]:
     """The labels of a call, as keywords and in `labels=`."""
+    if not names:
+        return labels
     for name in names:
         if name in labels:
             received, instead = f"{name}={shown(names[name])}, and again in labels=", "leave one out"
@@ -174,16 +176,18 @@ def read_labels(
     lookups: Mapping[str, tuple[Expr, Lookup]],
     static: StaticLabels,
     counts: Mapping[str, int],
-) -> dict[str, Partition]:
-    """The labels of a fitted call, static ones included.
+) -> Mapping[str, Partition] | None:
+    """The labels of a fitted call, static ones included. None: the names of the call are all of them.
 
     Args:
         spec: the pattern of the layer.
         lookups: where the layer reads each label.
         counts: the numbers of values that were told when the layer was built.
     """
-    found = static.beside(call.x) if static.held else {}
     read = call.formula.lookups
+    if not static.held and all(type(v) is Partition and n in read and n not in counts for n, v in call.names.items()):
+        return None  # a layer of a field has read them
+    found = static.beside(call.x) if static.held else {}
     for name, value in call.names.items():
         if name in static or not (name in lookups or name in read):
             raise _refused(spec, lookups, static, name, value)

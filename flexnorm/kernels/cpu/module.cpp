@@ -880,6 +880,7 @@ PyObject* gradients_of_moments(PyObject*, PyObject* const* a, Py_ssize_t n) {
     OverSets s;
     std::vector<double> found[3];
     View count, mean;
+    mean.type = TYPES;
     auto ready = safely([&] {
         if (!read(a[0], count) || !read(a[1], mean) || (mean.type != F32 && mean.type != F64)) return NO;
         for (int i = 0; i < 5; ++i)
@@ -909,6 +910,7 @@ PyObject* sums_of_changed(PyObject*, PyObject* const* a, Py_ssize_t n) {
     OverSets s;
     std::vector<double> found[2];
     View mean;
+    mean.type = TYPES;
     auto ready = safely([&] {
         if (!read(a[1], mean) || (mean.type != F32 && mean.type != F64)) return NO;
         for (int i = 0; i < 9; ++i)
@@ -924,6 +926,90 @@ PyObject* sums_of_changed(PyObject*, PyObject* const* a, Py_ssize_t n) {
         return YES;
     });
     return pair_or_none(ready, s, mean.type, found, 2);
+}
+
+// Where a share, which broadcasts to the shape of the sets, has the value of every set.
+bool places_of(const View& share, const View& sets, std::vector<int64_t>& at) {
+    if (share.ndim > sets.ndim) return false;
+    int64_t total = 1, step[MOST] = {}, own = 1;
+    for (int64_t a = sets.ndim - 1, d = share.ndim - 1; a >= 0; --a, --d) {
+        total *= sets.shape[a];
+        if (d < 0 || share.shape[d] == 1) continue;
+        if (share.shape[d] != sets.shape[a]) return false;
+        step[a] = own, own *= share.shape[d];
+    }
+    at.resize(size_t(total));
+    int64_t index[MOST] = {}, place = 0;
+    for (int64_t i = 0; i < total; ++i) {
+        at[size_t(i)] = place;
+        for (int64_t a = sets.ndim - 1; a >= 0; --a) {
+            place += step[a];
+            if (++index[a] < sets.shape[a]) break;
+            place -= step[a] * index[a], index[a] = 0;
+        }
+    }
+    return true;
+}
+
+// about(count, mean, M2, low, share): mean, M2 and low about a share of the mean
+PyObject* about(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 5) return PyErr_Format(PyExc_TypeError, "about takes 5 arguments");
+    OverSets s;
+    std::vector<double> found[3], share;
+    std::vector<int64_t> at;
+    View mean, of_share;
+    mean.type = TYPES;
+    auto ready = safely([&] {
+        if (!read(a[1], mean) || (mean.type != F32 && mean.type != F64)) return NO;
+        for (int i = 0; i < 4; ++i)
+            if (Ready done = s.add(a[i]); done != YES) return done;
+        if (Ready done = doubles(a[4], share, of_share); done != YES) return done;
+        if (!places_of(of_share, s.shape, at) || int64_t(at.size()) != s.total) return NO;
+        for (auto& f : found) f.resize(size_t(s.total));
+        for (size_t i = 0; i < size_t(s.total); ++i) {
+            const double part = share[size_t(at[i])], whole = s.all[1][i] + s.all[3][i];
+            const double to = part * whole, rest = whole - to, high = mean.type == F32 ? double(float(to)) : part * s.all[1][i];
+            found[0][i] = high;
+            found[1][i] = s.all[2][i] + s.all[0][i] * rest * rest;
+            found[2][i] = mean.type == F32 ? to - high : part * s.all[3][i];
+        }
+        return YES;
+    });
+    return pair_or_none(ready, s, mean.type, found, 3);
+}
+
+// share_backward(count, own mean, M2 of the used moments, share, sum of g, sum of g xhat, eps, scale): the sum of g as
+// `backward_dx` takes it, and the gradient of the share. See `Step` in gradients.py.
+PyObject* share_backward(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 8) return PyErr_Format(PyExc_TypeError, "share_backward takes 8 arguments");
+    const double eps = PyFloat_AsDouble(a[6]);
+    const bool scale = a[7] == Py_True;
+    if (PyErr_Occurred()) return nullptr;
+    OverSets s;
+    std::vector<double> found, share, of_share;
+    std::vector<int64_t> at;
+    View mean, v;
+    mean.type = v.type = TYPES;
+    auto ready = safely([&] {
+        if (!read(a[1], mean) || (mean.type != F32 && mean.type != F64)) return NO;
+        for (int i : {0, 1, 2, 4, 5})
+            if (Ready done = s.add(a[i]); done != YES) return done;
+        if (Ready done = doubles(a[3], share, v); done != YES) return done;
+        if ((v.type != F32 && v.type != F64) || !places_of(v, s.shape, at) || int64_t(at.size()) != s.total) return NO;
+        found.resize(size_t(s.total)), of_share.assign(share.size(), 0);
+        for (size_t i = 0; i < size_t(s.total); ++i) {
+            const double c = s.all[0][i], square = s.all[2][i] / at_least_one(c) + eps;
+            const double rate = !scale ? double(c > 0) : c > 0 && square != 0 ? 1 / std::sqrt(square) : 0;
+            const double scaled = s.all[1][i] * rate, part = share[size_t(at[i])];
+            const double rest = (scale ? s.all[4][i] * (1 - part) * scaled : 0) - s.all[3][i];
+            found[i] = -part * rest;
+            of_share[size_t(at[i])] += rest * scaled;
+        }
+        return YES;
+    });
+    if (ready != YES) return pair_or_none(ready, s, mean.type, &found, 1);
+    Ref first(over_sets(s.shape, mean.type, found)), second(over_sets(v, v.type, of_share));
+    return first && second ? PyTuple_Pack(2, first.get(), second.get()) : nullptr;
 }
 
 // --- what the binder chooses, for those who ask ----------------------------------------------------------------------
@@ -1077,7 +1163,7 @@ PyObject* set_width(PyObject*, PyObject* const* a, Py_ssize_t n) {
 PyMethodDef functions[] = {FUNCTION(setup), FUNCTION(pattern), FUNCTION(evaluate), FUNCTION(forward), FUNCTION(statistics),
                            FUNCTION(apply), FUNCTION(backward), FUNCTION(backward_sums), FUNCTION(backward_dx),
                            FUNCTION(groups), FUNCTION(counts), FUNCTION(track), FUNCTION(mix), FUNCTION(mix_backward),
-                           FUNCTION(gradients_of_moments), FUNCTION(sums_of_changed), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
+                           FUNCTION(gradients_of_moments), FUNCTION(sums_of_changed), FUNCTION(about), FUNCTION(share_backward), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
                            {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
