@@ -313,7 +313,7 @@ class Norm(_Stateful):
                     tracked = self.track_running_stats and not want
                 else:
                     moments = self.running_statistics.moments(self)
-            if x.dtype != mean.dtype:
+            if getattr(x, "dtype", None) != mean.dtype:
                 self.running_statistics.check_kind(self, x, mean)
         if made.stages or self._conditional is not None:
             stages = with_given(self._spec, self._conditional, self.stages, made.stages)
