@@ -5,6 +5,7 @@ import contextvars
 import gc
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -172,6 +173,18 @@ def test_a_block_that_is_closed_in_another_thread_is_over():
     with given(mask=~VALID):  # and the next one begins
         torch.testing.assert_close(layer(X), layer(X, ~VALID))
     torch.testing.assert_close(layer(X), normalize(X, "b t c -> b"))
+
+
+def test_a_block_that_is_closed_elsewhere_holds_no_tensors():
+    mask = torch.ones(3, 10, dtype=torch.bool)
+    held, generator = weakref.ref(mask), opened(mask=mask)
+    next(generator)
+    thread = threading.Thread(target=lambda: next(generator, None))
+    thread.start()
+    thread.join()
+    del mask, generator
+    gc.collect()
+    assert held() is None
 
 
 def test_blocks_that_are_closed_out_of_order():

@@ -86,7 +86,7 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
         counts = {name: count for name, count in counts.items() if name not in self._values}
         block = None
         if not is_dynamo_compiling():
-            block = _Block(self._values, threading.get_ident())
+            block = _Block(self._values, threading.get_ident(), values)
             self._blocks.append(block)
             _OPEN.setdefault(block.thread, []).append(block)
         _HERE.state = (before, values, {**counts, **self._counts}, block)
@@ -103,6 +103,7 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
         _HERE.state = state
         if kind is None:
             block.warn()
+        block.forget()
 
     def _closed(self) -> _Block:
         """Closes the block that this thread opened last, or else the last one."""
@@ -124,10 +125,16 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
 class _Block:
     """One time that a `given` was entered."""
 
-    def __init__(self, values: Mapping[str, Any], thread: int) -> None:
+    def __init__(self, values: Mapping[str, Any], thread: int, merged: dict[str, Any]) -> None:
         self.values, self.thread, self.is_open = values, thread, True
+        self.merged = merged  # with the values of the blocks around
         self.left = set(values)  # the names that no layer has taken yet
         self.ran = False  # a layer ran inside of the block
+
+    def forget(self) -> None:
+        """Lets go of the tensors, because a context elsewhere may hold the block for ever."""
+        self.merged.clear()
+        self.values = {}
 
     def warn(self) -> None:
         left = [name for name in self.values if name in self.left and name not in _TRACED]
