@@ -192,6 +192,7 @@ def _check(module: Norm) -> None:
         "its sets go on over other ranks": module._sharding is not None and not isinstance(module, SyncBatchNorm),
         "it is called with masks": module.__dict__.get("_masked", False),
         "it does not scale": not module._options.scale,
+        "its variance is not the biased one": module._options.correction != 0,
     }
     for reason, holds in unlike.items():
         if holds:

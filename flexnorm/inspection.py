@@ -344,7 +344,8 @@ def _explained(
     if options.scale and tally.sizes is not None:
         freedom = parts * (tally.sizes[0] - options.center)
         error = math.sqrt(2 / freedom) if freedom > 0 else math.inf
-    named = [] if tally.sizes is None or tally.sizes[2] <= 1 else list(_names(recipe, spec, x))
+    unknown = tally.sizes is None or tally.sizes[2] <= 1 or options.correction
+    named = [] if unknown else list(_names(recipe, spec, x))
     if about is not None:
         named = sorted(named, key=lambda name: not name.text.startswith(f"nn.{about.kind}(")) if about.named else []
     per = str(spec.sets)
@@ -665,6 +666,8 @@ def _about(module: nn.Module, tracks: bool | None = None) -> _About:
     if not isinstance(module, Norm):
         return _About(type(module).__name__, own, tracks)
     notes = [changes] if (changes := module.changes()) else []
+    if module._options.correction:
+        notes.append(f"the variance is M2 / (count - {module._options.correction})")
     axis = module._cumulative
     if axis is not None:
         notes.append(f"cumulative along {axis}: a set has all that came up to it, so sizes grow from these on")

@@ -276,7 +276,7 @@ class Mixture(Norm):
         if mix not in ("moments", "results"):
             rule, instead = "what is mixed are moments or results", 'mix="moments"'
             raise SpecError(say(rule, received=f"mix={shown(mix)}", instead=instead))
-        for name in ("center", "scale", "cumulative"):
+        for name in ("center", "scale", "cumulative", "correction"):
             if name in names:
                 rule = f"a mixture subtracts means and divides by sigma, of whole sets, so {name!r} is no option of it"
                 instead = f"Norm(pattern, ...) of one; of an axis, sizes={{{name!r}: 8}}"

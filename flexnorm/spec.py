@@ -17,8 +17,8 @@ from functools import cached_property, lru_cache
 from .errors import Span, SpecError, nearest, say, shown
 
 RESERVED = frozenset(
-    "activation affine bias center conditional cumulative device dtype eps input labels mask moments momentum pattern "
-    "process_group return_moments scale self sharded sizes state track_running_stats weight x".split()
+    "activation affine bias center conditional correction cumulative device dtype eps input labels mask moments "
+    "momentum pattern process_group return_moments scale self sharded sizes state track_running_stats weight x".split()
 )
 """The names that options have. An axis or a label may bear one too, but its size or its ids are then given by
 `sizes={...}` or `labels={...}`, as the keyword is the option."""

@@ -179,7 +179,7 @@ def test_a_block_that_is_closed_elsewhere_holds_no_tensors():
     mask = torch.ones(3, 10, dtype=torch.bool)
     held, generator = weakref.ref(mask), opened(mask=mask)
     next(generator)
-    thread = threading.Thread(target=lambda: next(generator, None))
+    thread = threading.Thread(target=next, args=(generator, None))
     thread.start()
     thread.join()
     del mask, generator

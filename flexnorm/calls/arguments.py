@@ -32,6 +32,7 @@ class Options:
     scale: bool = True
     eps: float = 1e-5
     activation: str | None = None
+    correction: float = 0
 
     def __post_init__(self) -> None:
         if not self.center and not self.scale:
@@ -44,6 +45,14 @@ class Options:
             )
         if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
             raise SpecError(say("eps is a number", received=f"eps={shown(self.eps)}", instead="eps=1e-5"))
+        number = isinstance(self.correction, (int, float)) and not isinstance(self.correction, bool)
+        if not number or not 0 <= self.correction < math.inf:
+            received, instead = f"correction={shown(self.correction)}", "correction=1 for the unbiased variance"
+            raise SpecError(say("a correction is a number, 0 or more", received=received, instead=instead))
+        if self.correction and not (self.center and self.scale):
+            rule = "a correction is for the variance about the mean, which the result is divided by"
+            received = f"correction={self.correction}, center={self.center}, scale={self.scale}"
+            raise SpecError(say(rule, received=received, instead="correction=0"))
         for name in ("center", "scale"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -195,6 +204,9 @@ class Formula:
         self.lookups = label_names(spec, *self.affines)
         self.patterns = _Patterns(self)
         self._merged: Formula | None = None
+        self._uncorrected: Formula | None = None
+        if options.correction:
+            self._uncorrected = Formula(spec, replace(options, correction=0), self.affines, sizes)
         self._recipes: dict[Any, Recipe] = {}
         self._stages: dict[int, _Stages] = {}
 
@@ -209,6 +221,11 @@ class Formula:
         if self.options == Options() and not self.affines:
             return self
         return Formula(self.spec, Options(), (), dict(self.sizes))
+
+    @property
+    def uncorrected(self) -> Formula:
+        """The formula by the biased variance."""
+        return self if self._uncorrected is None else self._uncorrected
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Formula, (self.spec, self.options, self.affines, dict(self.sizes))

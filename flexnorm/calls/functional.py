@@ -27,6 +27,7 @@ from .arguments import (
     unnamed_axes,
 )
 from .call import ALONE, Call, new
+from .gradients import corrected
 from .ranks import Ranks, Sharding
 from .routes import compiling, own_moments, run
 
@@ -42,6 +43,7 @@ def normalize(
     center: bool | Tensor = True,
     scale: bool = True,
     eps: float = 1e-5,
+    correction: float = 0,
     activation: str | None = None,
     moments: Moments | None = None,
     cumulative: str | None = None,
@@ -71,6 +73,8 @@ def normalize(
             that is subtracted, over the last axes of the statistics (GraphNorm); the variance is that about this share.
         scale: divide by the standard deviation.
         eps: added to the variance, in the unit of x squared.
+        correction: the variance is M2 / (count - correction), as in `torch.var`; 0 is the biased variance. A set of so
+            many elements or fewer gives 0 (then bias).
         activation: "relu", "silu" or "gelu", applied to the result.
         moments: statistics to use instead of x's own, shaped as the right side of the pattern; a floating mask, which
             would weigh x's own, then says nothing.
@@ -107,21 +111,23 @@ def normalize(
     share, centered = (center, True) if isinstance(center, Tensor) else (None, center)
     if sharded is None and process_group is None:
         if compiling(x):
-            options = Options(centered, scale, eps, activation)
-            if share is not None and moments is None:
-                own = traced.called_moments(x, pattern, mask, sizes, labels, names, affine)
-                own = own if cumulative is None else own.cumulative()
-                moments = own.about(share.to(own.m2.dtype))
+            options = Options(centered, scale, eps, activation, correction)
+            if share is not None or correction:
+                if moments is None:
+                    own = traced.called_moments(x, pattern, mask, sizes, labels, names, affine)
+                    moments = own if cumulative is None else own.cumulative()
+                moments = corrected(moments, correction) if correction else moments
+                moments = moments if share is None else moments.about(share.to(moments.m2.dtype))
             stages = [] if affine is None and weight is None and bias is None else [(weight, bias)]
             return traced.called(x, pattern, mask, stages, affine, options, moments, cumulative, sizes, labels, names)
         asked = None
         if sizes is None and labels is None and cumulative is None and unwatched(x):
-            asked = _asked((pattern, affine, centered, scale, eps, activation), names)
+            asked = _asked((pattern, affine, centered, scale, eps, activation, correction), names)
         if asked is not None and (affine is not None or (weight is None and bias is None)):
             formula, partitions = asked
             given = () if affine is None else ((weight, bias),)
             return run(new(Call, (formula, x, mask, given, moments, partitions, False, share, (), None)))[0]
-    options = Options(centered, scale, eps, activation)
+    options = Options(centered, scale, eps, activation, correction)
     spec = Spec.parse(pattern)
     params = None if affine is None else spec.read(affine, "affine")
     ranks = ALONE
@@ -165,7 +171,7 @@ def moments(
         if compiling(x):
             return traced.called_moments(x, pattern, mask, sizes, labels, names)
         if sizes is None and labels is None and unwatched(x):
-            asked = _asked((pattern, None, True, True, 1e-5, None), names)
+            asked = _asked((pattern, None, True, True, 1e-5, None, 0), names)
             if asked is not None:
                 return own_moments(asked[0], x, mask, asked[1])
     spec = Spec.parse(pattern)
@@ -188,15 +194,17 @@ def ranks_of(
 
 def _asked(text: tuple[Any, ...], names: Mapping[str, Any]) -> tuple[Formula, dict[str, Partition]] | None:
     """The formula that a call asks for, and its labels. None: what was typed has to be looked at more closely."""
-    pattern, affine, center, scale, eps, activation = text
+    pattern, affine, center, scale, eps, activation, correction = text
     if type(pattern) is not str or type(center) is not bool or type(scale) is not bool or type(eps) is not float:
+        return None
+    if type(correction) is not int and type(correction) is not float:
         return None
     if (affine is not None and type(affine) is not str) or (activation is not None and type(activation) is not str):
         return None
     told = tuple([item for item in names.items() if type(item[1]) is int])
     given = {name: value for name, value in names.items() if type(value) is not int} if told else names
     try:
-        formula = _typed(pattern, affine, center, scale, eps, activation, told, tuple(given))
+        formula = _typed(pattern, affine, center, scale, eps, activation, correction, told, tuple(given))
     except (SpecError, ShapeError):  # raised again with the values of labels
         return None
     if any(name in formula.lookups for name, _ in told):  # a number in place of ids
@@ -212,11 +220,12 @@ def _typed(
     scale: bool,
     eps: float,
     activation: str | None,
+    correction: float,
     told: tuple[tuple[str, int], ...],
     labels: tuple[str, ...],
 ) -> Formula:
     """The formula of what was typed, checked once."""
-    options, spec = Options(center, scale, eps, activation), Spec.parse(pattern)
+    options, spec = Options(center, scale, eps, activation, correction), Spec.parse(pattern)
     params = None if affine is None else spec.read(affine, "affine")
     sizes, _ = sort_names(spec, [params], None, None, {**dict(told), **dict.fromkeys(labels)})
     check_eps(spec, eps, sizes, labels)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..errors import SpecError, say
 from ..kernels import Gradients, Kept, Operands, Recipe, Room, Sums, Whole, aten
 from ..library import library
 from ..partition import Packed, Partition
@@ -309,6 +310,27 @@ def about(how: How, own: Moments, share: Tensor) -> Moments:
     return Moments(own.count, *found)
 
 
+def corrected(m: Moments, correction: float) -> Moments:
+    """The moments by which x is divided by the root of M2 / (count - correction); of sets with no more: of nothing."""
+    if m.count.is_floating_point():
+        raise SpecError(
+            say(
+                "a correction is for numbers of elements, and weights do not count elements",
+                received=f"correction={correction}, counts of {m.count.dtype}",
+                instead="correction=0, or a bool mask",
+            )
+        )
+    enough = m.count > correction
+    return Moments(m.count.where(enough, 0), m.mean, m.m2 * _larger_by(m.count, correction).to(m.m2.dtype), m.low)
+
+
+def _larger_by(count: Tensor, correction: float) -> Tensor:
+    """count / (count - correction), and 0 where there is no more."""
+    rest = count.double() - correction
+    enough = rest > 0
+    return (count / rest.where(enough, 1)).where(enough, 0.0)
+
+
 class Step(NamedTuple):
     """The step over sets: what is done with moments between the passes over x, and with sums on the way back.
 
@@ -323,19 +345,28 @@ class Step(NamedTuple):
 
     Source: Cai et al., "GraphNorm: A Principled Approach to Accelerating Graph Neural Network Training", 2020.
 
+    A correction c makes var = M2 / (n - c). Then Gy / (n - c) takes the place of Gy / n.
+
     Args:
         wholes: the merges, in order.
         needed: any rank needs the gradient of x.
+        correction: c; sets of c elements or fewer have the result 0.
     """
 
     wholes: Sequence[Whole] = ()
     needed: bool = True
+    correction: float = 0
 
     def merged(self, part: Moments) -> Moments:
         """The moments of the whole sets."""
         for whole in self.wholes:
             part = whole.moments(part)
         return part
+
+    def used(self, how: How, own: Moments, share: Tensor | None) -> Moments:
+        """The moments that x is normalized by."""
+        used = corrected(own, self.correction) if self.correction else own
+        return used if share is None else about(how, used, share)
 
     def back(
         self, how: How, own: Moments, used: Moments, share: Tensor | None, sums: Sums
@@ -354,6 +385,13 @@ class Step(NamedTuple):
                 rest = rest + sums.grad_xhat * (1 - share) * scaled
             dshare = (rest * scaled).sum_to_size(share.shape)
             sums = Sums(-share * rest, sums.grad_xhat, sums.weight, sums.bias)
+        if self.correction:
+            sums = Sums(
+                sums.grad,
+                sums.grad_xhat * _larger_by(own.count, self.correction).to(sums.grad_xhat.dtype),
+                sums.weight,
+                sums.bias,
+            )
         for whole in self.wholes if self.needed else ():
             sums = whole.sums(sums)
         return sums, dshare
@@ -375,7 +413,7 @@ class Stepped(torch.autograd.Function):
         bias: Tensor | None,
     ) -> Tensor:
         own = step.merged(how.statistics(x, mask))
-        used = own if share is None else about(how, own, share)
+        used = step.used(how, own, share)
         ctx.how, ctx.step = how, step
         ctx.save_for_backward(share, x, mask, weight, bias, own.count, own.mean, own.m2, own.low)
         if kept is not None:
@@ -389,7 +427,7 @@ class Stepped(torch.autograd.Function):
         if torch.is_grad_enabled() or seen_through((dy, x)):  # differentiated again: of moments that depend on x
             how = how.composed(operands)
             own = step.merged(how.statistics(x, mask))
-        used = own if share is None else about(how, own, share)
+        used = step.used(how, own, share)
         try:
             sums = how.backward_sums(operands, used, dy)
         except Closer:

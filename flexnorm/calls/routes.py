@@ -31,6 +31,7 @@ from .gradients import (
     Stepped,
     any_requires_grad,
     applied,
+    corrected,
     has_partner,
     is_share,
     measured,
@@ -60,8 +61,8 @@ def run(call: Call, *, tracked: bool = False, change: Change | None = None) -> R
     """
     _, x, _, _, moments, _, _, _, _, ranks = call
     plain = (ranks is None or not ranks.groups) and unwatched(x)
-    if change is not None and moments is None:
-        return _by_change(call, change, plain)
+    if moments is None and (change is not None or (tracked and has_step(call))):
+        return _by_change(call, change or same, plain)
     if plain:
         kept: list[Any] | None = [] if tracked and moments is None else None
         y = bound(call, kept)
@@ -72,15 +73,16 @@ def run(call: Call, *, tracked: bool = False, change: Change | None = None) -> R
 
 def _by_change(call: Call, change: Change, plain: bool) -> Result:
     """The result by changed moments: own moments, the change, and y are three steps."""
-    if call.center is not None or call.wholes:
-        step, given = _step_of(call), change
-        change, call = lambda own: step(given(own)), call._replace(center=None, wholes=())
-    if change in (same, Moments.cumulative) and compiling(call.x, call.ranks or ALONE):
+    step = None
+    if has_step(call):
+        step, call = _step_of(call), _without_step(call)
+    if step is None and change in (same, Moments.cumulative) and compiling(call.x, call.ranks or ALONE):
         return _traced(call, tracked=False, apart=change is same, cumulative=change is not same)
     own, y_of = (_own_of_library(call) if plain else None) or _own(call)
-    used = change(own)
+    changed = change(own)
+    used = changed if step is None else step(changed)
     y = None if y_of is None else y_of(used)
-    return Result(run(call._replace(moments=used)).y if y is None else y, used)
+    return Result(run(call._replace(moments=used)).y if y is None else y, changed)
 
 
 # --- by the library --------------------------------------------------------------------------------------------------
@@ -103,9 +105,9 @@ def bound(call: Call, kept: list[Any] | None = None) -> Tensor | None:
         if pattern is None or groups is None:
             return None
         weight, bias = stages[0] if stages else (None, None)
-        if moments is not None or center is not None or wholes:
+        if moments is not None or center is not None or wholes or formula.options.correction:
             how = Bound(pattern, groups, formula, labels)
-            if moments is not None and (center is not None or wholes):
+            if moments is not None and has_step(call):
                 moments = _step_of(call)(moments)
             return _bound_to(how, Operands(x, mask, weight, bias), moments, center, wholes)
         y: Tensor | None
@@ -139,9 +141,12 @@ def _bound_to(
         share = center
         if center is not None and center.dtype != stat_dtype(x.dtype):
             share = center.to(stat_dtype(x.dtype))
-        if (share is not None and share.is_complex()) or (operands.mask is not None and operands.mask.requires_grad):
+        mask = operands.mask
+        weighed = mask is not None and (mask.requires_grad or (how.options.correction and mask.dtype != torch.bool))
+        if weighed or (share is not None and share.is_complex()):
             raise Closer
-        return cast(Tensor, stepped(how, Step(wholes), None, share, *operands))  # type: ignore[no-untyped-call]
+        step = Step(wholes, True, how.options.correction)
+        return cast(Tensor, stepped(how, step, None, share, *operands))  # type: ignore[no-untyped-call]
     external = _external(how, moments, x)
     fields = (external.count, external.mean, external.m2, external.low)
     if not (torch.is_grad_enabled() and any_requires_grad((*operands, *fields[:3]))):
@@ -204,11 +209,11 @@ def _own_of_library(call: Call) -> tuple[Moments, Applied | None] | None:
 def _routed(call: Call, tracked: bool) -> Result:
     """All other ways: traced, of a DTensor, of complex numbers, over ranks, and by the other backends."""
     x, moments, ranks = call.x, call.moments, call.ranks or ALONE
-    if call.center is not None or call.wholes:
+    if has_step(call):
         if moments is None:
             return _by_change(call, same, False)
-        moments = _step_of(call)(moments)
-        call = call._replace(moments=moments, center=None, wholes=())
+        call = _without_step(call)._replace(moments=_step_of(call)(moments))
+        return Result(run(call).y, moments)
     if compiling(x, ranks):
         return _traced(call, tracked=tracked, apart=False, cumulative=False)
     if type(x) is not Tensor and is_dtensor(x):
@@ -256,12 +261,23 @@ def _backend(
     return Composed(recipe, ROOMS[plan.room]), differentiated and not transformed
 
 
+def has_step(call: Call) -> bool:
+    """Whether something is done with moments before x is normalized by them."""
+    return call.center is not None or len(call.wholes) > 0 or call.formula.options.correction != 0
+
+
+def _without_step(call: Call) -> Call:
+    return call._replace(formula=call.formula.uncorrected, center=None, wholes=())
+
+
 def _step_of(call: Call) -> Change:
     """The step over sets as a change of moments."""
 
     def step(own: Moments) -> Moments:
         for whole in call.wholes:
             own = whole.moments(own)
+        if call.formula.options.correction:
+            own = corrected(own, call.formula.options.correction)
         return own if call.center is None else own.about(_share(call.center, own, call.formula.spec.sets))
 
     return step

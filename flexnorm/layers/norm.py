@@ -52,6 +52,8 @@ class Norm(_Stateful):
         scale: divide by the standard deviation.
         bias: learn a bias beside the weight.
         eps: added to the variance, in the unit of x squared.
+        correction: the variance is M2 / (count - correction), as in `torch.var`; 0 is the biased variance. A set of so
+            many elements or fewer gives 0 (then bias). Running statistics are unbiased whatever this is.
         activation: "relu", "silu" or "gelu", applied to the result.
         track_running_stats: keep running means and (unbiased) variances of the sets while training, and use them in
             evaluation, as `nn.BatchNorm2d` does. All axes and labels of the statistics need a size.
@@ -99,6 +101,7 @@ class Norm(_Stateful):
         scale: bool = True,
         bias: bool = True,
         eps: float = 1e-5,
+        correction: float = 0,
         activation: str | None = None,
         track_running_stats: bool = False,
         momentum: float | None = 0.1,
@@ -113,7 +116,7 @@ class Norm(_Stateful):
     ) -> None:
         nn.Module.__init__(self)  # not that of a class beside this one, as drop-ins have
         self._spec = Spec.parse(pattern)
-        self._options = Options(center, scale, eps, activation)
+        self._options = Options(center, scale, eps, activation, correction)
         self.eps = eps
         check_kinds(bias, dtype)
         self._affine = None if affine is None else self._spec.read(affine, "affine")
@@ -312,7 +315,7 @@ class Norm(_Stateful):
                 if self.training:
                     tracked = self.track_running_stats and not want
                 else:
-                    moments = self.running_statistics.moments(self)
+                    moments, formula = self.running_statistics.moments(self), formula.uncorrected
             if getattr(x, "dtype", None) != mean.dtype:
                 self.running_statistics.check_kind(self, x, mean)
         if made.stages or self._conditional is not None:
