@@ -32,3 +32,14 @@ __all__ = [
     "normalize",
     "recommend",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """A module under its earlier name, as an attribute of the package."""
+    from importlib import import_module
+
+    from .moved import MOVED
+
+    if f"{__name__}.{name}" in MOVED:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

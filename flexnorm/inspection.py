@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from html import escape
-from inspect import signature
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -21,8 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from .calls import complexes
 from .calls.arguments import Formula, Label, Options, as_partition, check_eps, label_names, sort_names
-from .calls.call import FIELDS, Call, named
-from .calls.given import given_here, something_given
+from .calls.call import Call
+from .calls.given import observed
 from .calls.ranks import alone
 from .errors import SpecError, as_int, say, shown
 from .kernels import Operands, Plan, Recipe, choose, stat_dtype
@@ -676,18 +675,12 @@ def _about(module: nn.Module, tracks: bool | None = None) -> _About:
     return _About(type(module).__name__, own, tracks, tuple(notes), axis is None and not changes, not changes)
 
 
-def _fitted(layer: Norm, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
-    """The call that the pattern of a layer meets, from the arguments of its forward: no layer is run.
+class _SeenError(Exception):
+    """Ends a forward whose call is known."""
 
-    None: the layer normalizes by another pattern.
-    """
-    told = signature(layer.forward).bind(*args, **kwargs).arguments
-    x, mask = next(iter(told.values())), told.get("mask")
-    names = {name: value for name, value in [*told.items()][1:] if name not in {*FIELDS, "names"}}
-    names = named(**names, **(told.get("labels") or {}), **told.get("names", {}))
-    call = Call(layer.formula, x, mask, names=names)
-    if something_given():
-        call = layer.fit_given(call, given_here())
+
+def _met(layer: Norm, call: Call) -> Call | None:
+    """The call that the pattern of a layer meets. None: the layer normalizes by another pattern."""
     call = layer.fitted(call)
     return call if call.formula.spec is layer.formula.spec else None
 
@@ -704,8 +697,16 @@ def _of_layer(
             received, instead = ", ".join(["mask"] * (mask is not None) + list(given)), "explain(layer, x)"
             raise SpecError(say(f"{type(layer).__name__} takes x alone", received=received, instead=instead))
         return _explained(formula, _with_batch(layer, like), None, {}, _about(layer))
-    with torch.no_grad():
-        call = _fitted(layer, (like, *([] if mask is None else [mask])), given)
+    made: list[Call] = []
+
+    def note(of: Norm, call: Call) -> None:
+        if of is layer:
+            made.append(call)
+            raise _SeenError
+
+    with torch.no_grad(), suppress(_SeenError), observed(note):
+        layer.forward(like, *([] if mask is None else [mask]), **given)
+    call = _met(layer, made[0]) if made else None
     if call is None:
         received, instead = f"{type(layer).__name__}", "explain(its pattern, x)"
         raise SpecError(say("this layer normalizes nothing by its pattern", received=received, instead=instead))
@@ -769,28 +770,29 @@ def _row(name: str, layer: nn.Module, found: Explanation | None, ran: bool, plac
 @torch.no_grad()
 def _observe(model: nn.Module, layers: Mapping[str, nn.Module], x: Any, seen: dict[str, Explanation]) -> None:
     """Runs the model once in evaluation, and explains what its norms are first called with."""
+    places = {id(layer): name for name, layer in layers.items()}
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         stack.enter_context(alone())
         for name, layer in layers.items():
             formula = formula_of(layer)
-            if formula is not None:
-                note = (
-                    partial(_note, seen, name) if isinstance(layer, Norm) else partial(_note_torch, seen, name, formula)
-                )
+            if formula is not None and not isinstance(layer, Norm):
+                note = partial(_note_torch, seen, name, formula)
                 stack.callback(layer.register_forward_pre_hook(note, with_kwargs=True).remove)
         for part in model.modules():
-            if isinstance(part, Norm) and part.num_batches_tracked is not None:
-                part.num_batches_tracked.fill_(1)  # a layer is explained before it has seen a batch
+            if isinstance(part, Norm):  # a layer is explained before it has seen a batch
+                part.running_statistics = replace(part.running_statistics, unseen=True)
+        stack.enter_context(observed(partial(_note, seen, places)))
         model.eval()
         args, kwargs = arguments_of(model, x)
         model(*args, **kwargs)
 
 
-def _note(seen: dict[str, Explanation], name: str, layer: Norm, args: Any, kwargs: Any) -> None:
-    if name in seen:
+def _note(seen: dict[str, Explanation], names: Mapping[int, str], layer: Norm, made: Call) -> None:
+    name = names.get(id(layer))
+    if name is None or name in seen:
         return
-    call = _fitted(layer, args, kwargs)
+    call = _met(layer, made)
     for place, (formula, tracks) in enumerate(layer._patterns() if call is not None else ()):
         assert call is not None
         about = _about(layer, tracks)

@@ -12,7 +12,9 @@ from types import ModuleType
 MOVED: Mapping[str, str] = {
     "flexnorm.arguments": "flexnorm.calls.arguments",
     "flexnorm.call": "flexnorm.calls.call",
+    "flexnorm.complexes": "flexnorm.calls.complexes",
     "flexnorm.context": "flexnorm.calls.given",
+    "flexnorm.dtensors": "flexnorm.calls.dtensors",
     "flexnorm.functional": "flexnorm.calls.functional",
     "flexnorm.gradients": "flexnorm.calls.gradients",
     "flexnorm.norm": "flexnorm.layers.norm",

@@ -686,9 +686,11 @@ class DemographicNorm(Norm):
 
     def used(self, call: Call, own: Moments) -> Used:
         """In training: the moments of everyone for rows without a group, and where a group has too few members."""
+        if not self.training:
+            return Used(own, own)
         everyone = own.coarsen("group f -> f")
         seen = each(lambda of_all, of_groups: torch.cat([of_all[None], of_groups[1:]]), everyone, own)
-        moved = seen if self.training and self.track_running_stats else None
+        moved = seen if self.track_running_stats else None
         track = None if moved is None else lambda: self.running_statistics.track(self, moved)
         return Used(_filled(seen, seen.count >= self.min_members), seen, track)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from flexnorm import Norm, Partition, SpecError, calibrate, moments, normalize
+from flexnorm.calls.ranks import Sharding
 from flexnorm.conversion import SyncBatchNorm, convert_sync_batchnorm
 
 
@@ -486,3 +487,13 @@ def test_conversion_refuses_what_it_would_lose():
         with pytest.raises(SpecError, match=rule):
             convert_sync_batchnorm(model)
         assert type(model[0]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("make", ["layer", "converted"])
+def test_synchronized_layers_without_running_statistics_ask_the_ranks(make, monkeypatch):
+    asked, ranks = [], Sharding.ranks
+    monkeypatch.setattr(Sharding, "ranks", lambda self, *training: asked.append(1) or ranks(self, *training))
+    model = nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False))
+    norm = SyncBatchNorm(4, track_running_stats=False) if make == "layer" else convert_sync_batchnorm(model)[0]
+    norm(torch.randn(2, 4, 3, 3))
+    assert asked

@@ -53,6 +53,25 @@ def test_packed_rows_take_where_sequences_begin_and_padded_ones_take_lengths():
     torch.testing.assert_close(z, padded(X, lengths=LENGTHS), rtol=0, atol=0)
 
 
+@pytest.mark.extras
+def test_a_number_of_graphs_comes_with_graphs_from_around():
+    pytest.importorskip("torch_geometric", reason="the layers are PyG's")
+    from flexnorm.graphs import FeatureGroupNorm, GraphNorm, InstanceNorm
+
+    x, ids = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
+    for norm in (InstanceNorm(4), FeatureGroupNorm(4), GraphNorm(4)):
+        with given(batch=ids):
+            torch.testing.assert_close(norm(x, None, 3), norm(x, ids, 3), rtol=0, atol=0)
+            with pytest.raises(ShapeError, match="from 0 to batch_size - 1"):
+                norm(x, None, 2)
+
+
+def test_lengths_that_are_passed_win_over_a_mask_from_around():
+    layer, x = CepstralNorm("utterance"), X.mT.contiguous()
+    with given(mask=torch.ones(3, 10, dtype=torch.bool)):
+        torch.testing.assert_close(layer(x, LENGTHS), CepstralNorm("utterance")(x, mask=VALID), rtol=0, atol=0)
+
+
 def test_what_is_passed_wins_over_what_is_given():
     layer = SequenceGroupNorm(2, 8, channels_last=True)
     expected = layer(X, lengths=LENGTHS)
@@ -243,6 +262,26 @@ def test_tasks_see_their_own_blocks():
 
     for y, mask in zip(asyncio.run(both()), masks, strict=True):
         torch.testing.assert_close(y, layer(X, mask))
+
+
+def test_tasks_share_one_object():
+    layer, block = Norm("b t c, b t -> b"), given(mask=VALID)
+    plain = normalize(X, "b t c -> b")
+
+    async def one(first, second):
+        await asyncio.sleep(first)
+        with block:
+            await asyncio.sleep(second)
+            inside = layer(X)
+        return inside, layer(X)
+
+    async def both():
+        return await asyncio.gather(one(0, 0.02), one(0.01, 0.03))
+
+    for inside, after in asyncio.run(both()):
+        torch.testing.assert_close(inside, layer(X, VALID))
+        torch.testing.assert_close(after, plain)
+    assert not module._OPEN
 
 
 def test_a_context_that_was_copied_inside_sees_nothing_after_the_end():

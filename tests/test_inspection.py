@@ -581,3 +581,33 @@ def test_it_is_drawn():
 
 def test_explain_is_public():
     assert flexnorm.explain is explain
+
+
+class Turned(Norm):
+    """A forward of its own."""
+
+    def forward(self, x, gain=1.0):
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1) * gain
+
+
+class Open(Norm):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_explained_by_what_its_pattern_meets():
+    turned, model = Turned("n c ... -> n", c=3), nn.Sequential(Turned("n c ... -> n", c=3), Open("n ... c -> n"))
+    assert explain(turned, (2, 4, 5, 3)).shape == (2, 3, 4, 5)
+    found = explain(model, (2, 4, 5, 3)).explanations
+    assert found["0"].shape == (2, 3, 4, 5)
+    assert found["1"].shape == (2, 4, 5, 3)
+    assert explain(Open("n ... c -> n"), (2, 4)).shape == (2, 4)
+
+
+def test_a_model_of_inference_mode_is_explained():
+    with torch.inference_mode():
+        model = nn.Sequential(Norm("n c -> c", c=3, track_running_stats=True))
+    before = model.state_dict()
+    assert explain(model, (4, 3)).explanations["0"].count == 3
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])

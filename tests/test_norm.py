@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from flexnorm import Norm, Partition, ShapeError, SpecError, given, normalize
+from flexnorm.calls import given as names_of_graphs
 from flexnorm.calls.call import Used
 
 MASKED = ("b t (g c), b t -> b g", {"affine": "(g c)", "g": 2, "sizes": {"(g c)": 6}})
@@ -286,7 +287,8 @@ def test_explicit_wins_over_given_and_inner_over_outer():
         norm(x)
 
 
-def test_given_reaches_only_what_reads_it():
+def test_given_reaches_only_what_reads_it(monkeypatch):
+    monkeypatch.setattr(names_of_graphs, "_TRACED", set())  # other tests have compiled layers with masks
     x = torch.randn(4, 3)
     nobody = pytest.warns(UserWarning, match="none of them takes it\n  received: mask=a Tensor of torch.bool, shape")
     with nobody, given(graph=torch.tensor([0, 0, 1, 1]), mask=torch.ones(7, 7, dtype=torch.bool)):
@@ -478,3 +480,36 @@ def test_a_mask_that_a_layer_makes_holds_on_every_way():
     expected = normalize(x, "n c t, n t -> n", norm.fit_mask(x, None))
     torch.testing.assert_close(norm(x), expected)
     torch.testing.assert_close(norm(x, return_moments=True)[0], expected)
+
+
+def test_a_layer_of_ones_own_takes_nothing_from_around_for_its_own_arguments():
+    class Adaptive(Norm):
+        def forward(self, x, cond, scale=None):
+            return super().forward(x, weight=cond)
+
+    class Plain(Norm):
+        def forward(self, x, batch=None):
+            return super().forward(x)
+
+    x, cond = torch.randn(2, 4, 3), torch.randn(2, 4)
+    norm = Adaptive("b c t -> b", conditional="b c")
+    names_of_graphs._TRACED.update(("cond", "batch", "scale"))
+    with given(cond=cond, batch=torch.tensor([0, 1]), scale=cond):
+        torch.testing.assert_close(norm(x, cond), normalize(x, "b c t -> b", weight=cond, affine="b c"))
+        torch.testing.assert_close(Plain("b c t -> b")(x), normalize(x, "b c t -> b"))
+
+
+def test_running_statistics_that_are_set_later_are_used():
+    norm, x = Norm("n c ... -> c", c=4), torch.randn(5, 4, 3)
+    norm.running_mean, norm.running_var = torch.zeros(4), torch.ones(4)
+    norm.num_batches_tracked = torch.tensor(1)
+    torch.testing.assert_close(norm.eval()(x), x / (1 + 1e-5) ** 0.5)
+
+
+def test_a_hook_of_the_weight_sees_gradients_only():
+    norm, x = Norm("n c -> n", affine="c", c=4), torch.randn(3, 4, requires_grad=True)
+    norm.weight.register_hook(lambda g: g * 2)
+    _, m = norm(x, return_moments=True)
+    m.mean.sum().backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, 0.25))
+    assert norm.weight.grad is None

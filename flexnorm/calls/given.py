@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -88,7 +88,6 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
         if not is_dynamo_compiling():
             block = _Block(self._values, threading.get_ident(), values)
             self._blocks.append(block)
-            _OPEN.setdefault(block.thread, []).append(block)
         _HERE.state = (before, values, {**counts, **self._counts}, block)
         return self
 
@@ -106,14 +105,13 @@ class given:  # noqa: N801  # read as a word: with given(mask=m)
         block.forget()
 
     def _closed(self) -> _Block:
-        """Closes the block that this thread opened last, or else the last one."""
+        """Closes the innermost block of this object around here; else the last one that this thread opened, or any."""
         thread = threading.get_ident()
-        block = next((b for b in reversed(self._blocks) if b.thread == thread), self._blocks[-1])
+        around = [state[3] for state in _states() if state[3] in self._blocks]
+        opened = [block for block in reversed(self._blocks) if block.thread == thread]
+        block: _Block = next(iter((*around, *opened, *reversed(self._blocks))))
         self._blocks.remove(block)
-        block.is_open = False
-        _OPEN[block.thread].remove(block)
-        if not _OPEN[block.thread]:
-            del _OPEN[block.thread]
+        block.close()
         return block
 
     @staticmethod
@@ -129,7 +127,16 @@ class _Block:
         self.values, self.thread, self.is_open = values, thread, True
         self.merged = merged  # with the values of the blocks around
         self.left = set(values)  # the names that no layer has taken yet
+        self.observer: Callable[[Any, Any], None] | None = None
         self.ran = False  # a layer ran inside of the block
+        _OPEN.setdefault(thread, []).append(self)
+
+    def close(self) -> None:
+        """Ends the block, wherever it still stands."""
+        self.is_open = False
+        _OPEN[self.thread].remove(self)
+        if not _OPEN[self.thread]:
+            del _OPEN[self.thread]
 
     def forget(self) -> None:
         """Lets go of the tensors, because a context elsewhere may hold the block for ever."""
@@ -160,14 +167,31 @@ def given_here() -> Mapping[str, Any]:
     return {name: value for block in blocks for name, value in block.values.items()} if blocks else _values()
 
 
-def takes(names: Iterable[str]) -> None:
-    """Notes that a layer with arguments of these names has run inside of the open blocks, or was traced."""
+@contextmanager
+def observed(observer: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Within, the observer is told every layer and its call, as the user made it and with what is given around it."""
+    before = _HERE.state
+    values, counts = ({}, {}) if before is _HERE else before[1:3]
+    block = _Block({}, threading.get_ident(), dict(values))
+    block.observer = observer
+    _HERE.state = (before, block.merged, counts, block)
+    try:
+        yield
+    finally:
+        block.close()
+        _HERE.state = before
+
+
+def takes(layer: Any, call: Any, names: Iterable[str]) -> None:
+    """Notes that a layer with arguments of these names runs inside of the open blocks, or is traced."""
     if is_dynamo_compiling():
         _note_traced(tuple(names))
         return
     for block in _blocks():
         block.ran = True
         block.left.difference_update(names)
+        if block.observer is not None:
+            block.observer(layer, call)
 
 
 def check_recomputation(layer: Any, given_now: bool) -> None:

@@ -528,13 +528,6 @@ class Statistics(torch.autograd.Function):
             return how.composed(operands).backward_dx(operands, used, dy, sums)[0]
 
 
-class Link(NamedTuple):
-    """What `Statistics` gives to `Apply`: x, and the place for its answer."""
-
-    x: Tensor
-    place: Tensor
-
-
 def has_partner(options: Any, x: Tensor, mask: Tensor | None) -> bool:
     """Whether one pass over x can serve the gradients of both: of x by its own moments, and by the changed ones."""
     sums = options.center and options.scale and options.eps != 0

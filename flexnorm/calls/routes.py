@@ -62,7 +62,7 @@ def run(call: Call, *, tracked: bool = False, change: Change | None = None) -> R
     _, x, _, _, moments, _, _, _, _, ranks = call
     plain = (ranks is None or not ranks.groups) and unwatched(x)
     if moments is None and (change is not None or (tracked and has_step(call))):
-        return _by_change(call, change or same, plain)
+        return _by_change(call, same if change is None else change, plain)
     if plain:
         kept: list[Any] | None = [] if tracked and moments is None else None
         y = bound(call, kept)
@@ -188,7 +188,7 @@ def _own_of_library(call: Call) -> tuple[Moments, Applied | None] | None:
         if pattern is None or groups is None:
             return None
         how, operands = Bound(pattern, groups, formula, labels), Operands(x, mask, *(stages[0] if stages else ()))
-        *fields, x_again, place = measured(how, True, *operands)  # type: ignore[no-untyped-call]
+        *fields, x_again, place = measured(how, True, *_for_partner(operands))  # type: ignore[no-untyped-call]
     except (AttributeError, Closer):
         return None
 
@@ -201,6 +201,12 @@ def _own_of_library(call: Call) -> tuple[Moments, Applied | None] | None:
             return None
 
     return Moments(*fields), y_of
+
+
+def _for_partner(operands: Operands) -> Operands:
+    """Weight and bias as the backward pass of the moments reads them: their gradients do not come from there."""
+    x, mask, weight, bias = operands
+    return Operands(x, mask, None if weight is None else weight.detach(), None if bias is None else bias.detach())
 
 
 # --- all other ways --------------------------------------------------------------------------------------------------
@@ -305,7 +311,7 @@ def _own(call: Call) -> tuple[Moments, Applied | None]:
         recipe, operands = formula.prepare(x, mask, stages, labels)
         how, differentiated = _backend(recipe, operands, operands, "asked for")
         if differentiated and how.room is not aten:
-            *fields, x_again, place = Statistics.apply(how, True, *operands)  # type: ignore[no-untyped-call]
+            *fields, x_again, place = Statistics.apply(how, True, *_for_partner(operands))  # type: ignore[no-untyped-call]
 
             def y_of(moments: Moments) -> Tensor:
                 external = outward_moments(formula.spec.sets, recipe, moments, x)

@@ -155,8 +155,7 @@ class Norm(_Stateful):
         kept = self._fixed_shape(self._spec.sets, "running statistics") if track_running_stats else None
         self.running_statistics.build(self, kept, labelled, device, dtype)
         fits = self._fits or self._unfits or self._changes_moments or self._static.held
-        along = conditional is not None or cumulative is not None or sharded is not None
-        self._is_plain = not (fits or along or track_running_stats)
+        self._is_plain = not (fits or conditional is not None or cumulative is not None)
         self.reset_parameters()
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -165,11 +164,15 @@ class Norm(_Stateful):
         cls._fits = cls.fit_call is not Norm.fit_call
         cls._fits_masks = cls.fit_mask is not Norm.fit_mask
         # A layer from elsewhere may look at x in `fit_mask`, which the layers here leave out where there is no mask.
-        cls._fits |= cls._fits_masks and cls.fit_mask.__module__.partition(".")[0] != __name__.partition(".")[0]
+        cls._fits |= cls._fits_masks and not is_ours(cls.fit_mask)
         cls._unfits = cls.unfit is not Norm.unfit
         cls._changes_moments = cls.used is not Norm.used
-        takes_any = [p.name for p in inspect.signature(cls.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        cls._keywords = tuple(name for name in takes_any[2:] if name not in FIELDS)
+        # A forward from elsewhere has read its own arguments before a call is made, so nothing can be given for them.
+        ours = next(c for c in cls.__mro__ if "forward" in vars(c) and is_ours(c))
+        found = [
+            p.name for p in inspect.signature(vars(ours)["forward"]).parameters.values() if p.kind is not p.VAR_KEYWORD
+        ]
+        cls._keywords = tuple(name for name in found[2:] if name not in FIELDS)
 
     _fits = _fits_masks = _unfits = _changes_moments = _is_plain = False
     _keywords: tuple[str, ...] = ()
@@ -239,8 +242,10 @@ class Norm(_Stateful):
                 nothing: training as a function, for `torch.func`. `updated` says what the running statistics become.
             labels, **names: the labels that are no part of the layer.
         """
-        usual = self._is_plain and mask is None and weight is None and bias is None and labels is None and not names
-        if usual and not (return_moments or something_given() or self._was_given):
+        own = self.__dict__
+        usual = self._is_plain and own["_sharding"] is None and own["_buffers"]["running_mean"] is None
+        usual = usual and mask is None and weight is None and bias is None and labels is None and not names
+        if usual and not (return_moments or something_given() or own["_was_given"]):
             call = new(Call, (self.formula, x, None, self.stages, moments, names, False, None, (), None))
             try:
                 return run(call)[0]
@@ -278,7 +283,7 @@ class Norm(_Stateful):
         around = given_here()
         told = self.fit_given(call, around) if around else call
         labels = [name for name in self._lookups if name not in self._static]
-        takes((*labels, *self._keywords, *(("mask",) if self._spec.mask is not None else ())))
+        takes(self, told, (*labels, *self._keywords, *(("mask",) if self._spec.mask is not None else ())))
         check_recomputation(self, told.mask is not call.mask or len(told.names) > len(call.names))
         return told
 
@@ -318,6 +323,8 @@ class Norm(_Stateful):
                     moments, formula = self.running_statistics.moments(self), formula.uncorrected
             if getattr(x, "dtype", None) != mean.dtype:
                 self.running_statistics.check_kind(self, x, mean)
+        if ranks is not None and moments is not None:  # the layer has made the moments, so that none are merged
+            ranks.agree_on("moments of the layer", differentiated=False, needed=False)
         if made.stages or self._conditional is not None:
             stages = with_given(self._spec, self._conditional, self.stages, made.stages)
         elif not stages:  # a layer of a field may have made its stages
@@ -355,9 +362,10 @@ class Norm(_Stateful):
         in their way what a mask says, so they are taken only where neither the call nor a mask from around says it.
         """
         names, mask = dict(call.names), call.mask
-        if mask is None and self._spec.mask is not None:
+        told = [name for name, value in names.items() if not isinstance(value, int)]  # a number of graphs says no more
+        if mask is None and self._spec.mask is not None and all(name in self._lookups for name in told):
             mask = around.get("mask")
-        others = () if mask is not None or names else self._keywords
+        others = () if mask is not None or told else self._keywords
         for name in (*self._lookups, *others):
             if name in around and name not in names and name not in self._static and name != "mask":
                 names[name] = around[name]
@@ -530,3 +538,8 @@ class Norm(_Stateful):
     def _patterns(self) -> list[tuple[Formula, bool]]:
         """What it normalizes by, and whether it evaluates by running statistics of that."""
         return [(self._formula, self.running_mean is not None)]
+
+
+def is_ours(value: Any) -> bool:
+    """Whether a class or a function is of this package."""
+    return bool(value.__module__.partition(".")[0] == __name__.partition(".")[0])
