@@ -145,11 +145,12 @@ def _with_graphs(call: Call, label: str = "batch", size: str = "batch_size") -> 
         name, batch, count = label, names[label], None
     if not isinstance(x, Tensor):  # the pattern refuses it
         return call.fit(x, call.mask, {})
-    if batch is None:
-        graphs = Partition._made(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
-    else:
-        graphs = _read(x, batch, count, name, size)
+    graphs = _one_graph(x) if batch is None else _read(x, batch, count, name, size)
     return call.fit(x, call.mask, {label: graphs})
+
+
+def _one_graph(x: Tensor) -> Partition:
+    return Partition._made(torch.zeros(x.shape[:1], dtype=torch.int64, device=x.device), 1)
 
 
 def _read(x: Tensor, batch: Any, count: int | None, name: str, told: str) -> Partition:
@@ -561,7 +562,8 @@ class MeanSubtractionNorm(_OfGraphs, pyg.MeanSubtractionNorm):
         self, x: Tensor, batch: Label | None = None, dim_size: int | None = None
     ) -> Tensor:
         """Subtracts means from x, (nodes, ...), by graphs: batch, (nodes,), and their number, dim_size as in PyG."""
-        return Norm.forward(self, x, labels=named(batch=batch, dim_size=dim_size))
+        told = {"batch": batch} if batch is not None and dim_size is None else named(batch=batch, dim_size=dim_size)
+        return Norm.forward(self, x, labels=told)
 
     def fit_call(self, call: Call) -> Call:
         """The graph of every node."""
@@ -646,7 +648,7 @@ class GraphSizeNorm(_OfGraphs, pyg.GraphSizeNorm):
         if something_given() or not (unwatched(x) and x.dim() == 2 and x.is_floating_point()):
             return Norm.forward(self, x, labels=_told(batch, batch_size))
         # Three operations, because a batch of graphs is small.
-        graphs = _with_graphs(Call(self.formula, x, names=_told(batch, batch_size))).names["batch"]
+        graphs = _read(x, batch, batch_size, "batch", "batch_size") if batch is not None else _one_graph(x)
         y = x * counts_for(graphs, x).rsqrt().index_select(0, graphs._ids).unsqueeze(-1)
         return y if y.dtype == x.dtype else y.to(x.dtype)
 

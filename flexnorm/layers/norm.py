@@ -242,23 +242,21 @@ class Norm(_Stateful):
                 nothing: training as a function, for `torch.func`. `updated` says what the running statistics become.
             labels, **names: the labels that are no part of the layer.
         """
-        own = self.__dict__
-        usual = self._is_plain and own["_sharding"] is None and own["_buffers"]["running_mean"] is None
-        usual = usual and mask is None and weight is None and bias is None and labels is None and not names
-        if usual and not (return_moments or something_given() or own["_was_given"]):
+        own = self.__dict__  # attributes of modules take longer
+        nothing_around = not (something_given() or own["_was_given"] or own["_sharding"] is not None)
+        alone = weight is None and bias is None and labels is None and not names
+        alone = alone and mask is None and nothing_around and not return_moments and self._is_plain
+        if alone and own["_buffers"]["running_mean"] is None:  # most calls: nothing is to be fitted or tracked
             call = new(Call, (self.formula, x, None, self.stages, moments, names, False, None, (), None))
             try:
                 return run(call)[0]
             except (SpecError, ShapeError):
                 self._say_more(call)
                 raise
-        told = names if labels is None else given_once(self._spec, names, labels)
+        told = names if labels is None else given_once(self._spec, names, labels) if names else labels
         given = () if weight is None and bias is None else ((weight, bias),)
         call = new(Call, (self.formula, x, mask, given, moments, told, return_moments, None, (), None))
-        if something_given() or self._was_given or self._sharding is not None:
-            result = self._around(call)
-        else:
-            result = self._answer(call)
+        result = self._answer(call) if nothing_around else self._around(call)
         return tuple(result) if return_moments else result[0]
 
     # --- a call, step by step
@@ -310,8 +308,7 @@ class Norm(_Stateful):
 
     def _ready(self, made: Call) -> tuple[Call, bool]:
         """The fitted call with all stages, by the running statistics in evaluation; and whether these move with it."""
-        call = self.fitted(made)
-        formula, x, mask, stages, moments, names, want, center, wholes, ranks = call
+        formula, x, mask, stages, moments, names, want, center, wholes, ranks = self.fitted(made)
         if made.mask is not None and not torch.compiler.is_compiling():
             self.__dict__["_masked"] = True
         tracked, mean = False, self._buffers.get("running_mean")

@@ -77,7 +77,7 @@ class RunningStatistics:
 
     def run(self, layer: Any, call: Call) -> Result:
         """The result of a call in training, after which the running statistics have moved."""
-        if unwatched(call.x) and call.is_alone and not call.formula.options.correction:
+        if call.ranks is None and unwatched(call.x) and not call.formula.options.correction:
             kept: list[Any] = []
             y = bound(call, kept)
             if y is not None:

@@ -185,8 +185,12 @@ def read_labels(
         counts: the numbers of values that were told when the layer was built.
     """
     read = call.formula.lookups
-    if not static.held and all(type(v) is Partition and n in read and n not in counts for n, v in call.names.items()):
-        return None  # a layer of a field has read them
+    for name, value in call.names.items():
+        if type(value) is not Partition or name not in read or name in counts:
+            break
+    else:
+        if not static.held:
+            return None  # a layer of a field has read them
     found = static.beside(call.x) if static.held else {}
     for name, value in call.names.items():
         if name in static or not (name in lookups or name in read):

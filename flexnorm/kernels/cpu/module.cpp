@@ -928,6 +928,27 @@ PyObject* sums_of_changed(PyObject*, PyObject* const* a, Py_ssize_t n) {
     return pair_or_none(ready, s, mean.type, found, 2);
 }
 
+// totals(t): the sum over the last axis at every place of this axis
+PyObject* totals(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n != 1) return PyErr_Format(PyExc_TypeError, "totals takes 1 argument");
+    OverSets s;
+    std::vector<double> found;
+    auto ready = safely([&] {
+        if (Ready done = s.add(a[0]); done != YES) return done;
+        if (s.shape.ndim < 1 || (s.shape.type != F32 && s.shape.type != F64)) return NO;
+        const size_t along = size_t(s.shape.shape[s.shape.ndim - 1]);
+        found.resize(size_t(s.total));
+        for (size_t i = 0; i < size_t(s.total); i += along) {
+            double sum = 0;
+            for (size_t k = 0; k < along; ++k) sum += s.all[0][i + k];
+            std::fill_n(found.begin() + int64_t(i), along, sum);
+        }
+        return YES;
+    });
+    if (ready != YES) return pair_or_none(ready, s, F32, &found, 1);
+    return over_sets(s.shape, int(s.shape.type), found);
+}
+
 // Where a share, which broadcasts to the shape of the sets, has the value of every set.
 bool places_of(const View& share, const View& sets, std::vector<int64_t>& at) {
     if (share.ndim > sets.ndim) return false;
@@ -1163,7 +1184,7 @@ PyObject* set_width(PyObject*, PyObject* const* a, Py_ssize_t n) {
 PyMethodDef functions[] = {FUNCTION(setup), FUNCTION(pattern), FUNCTION(evaluate), FUNCTION(forward), FUNCTION(statistics),
                            FUNCTION(apply), FUNCTION(backward), FUNCTION(backward_sums), FUNCTION(backward_dx),
                            FUNCTION(groups), FUNCTION(counts), FUNCTION(track), FUNCTION(mix), FUNCTION(mix_backward),
-                           FUNCTION(gradients_of_moments), FUNCTION(sums_of_changed), FUNCTION(about), FUNCTION(share_backward), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
+                           FUNCTION(gradients_of_moments), FUNCTION(sums_of_changed), FUNCTION(about), FUNCTION(share_backward), FUNCTION(totals), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
                            {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
