@@ -148,7 +148,7 @@ class ChannelGroupNorm(Norm, nn.GroupNorm):
         if alone and input.dim() and input.numel() == self.num_groups:
             size = list(input.shape)
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-        return super().forward(input, mask, moments=moments)
+        return Norm.forward(self, input, mask, moments=moments)
 
     def fit_mask(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """The mask over all pixels. C is what the layer was built for."""

@@ -243,10 +243,10 @@ class Norm(_Stateful):
             labels, **names: the labels that are no part of the layer.
         """
         own = self.__dict__  # attributes of modules take longer
-        nothing_around = not (something_given() or own["_was_given"] or own["_sharding"] is not None)
-        alone = weight is None and bias is None and labels is None and not names
-        alone = alone and mask is None and nothing_around and not return_moments and self._is_plain
-        if alone and own["_buffers"]["running_mean"] is None:  # most calls: nothing is to be fitted or tracked
+        nothing_around = not (something_given() or own["_was_given"]) and own["_sharding"] is None
+        usual = nothing_around and self._is_plain and own["_buffers"]["running_mean"] is None and mask is None
+        if usual and weight is None and bias is None and labels is None and not (names or return_moments):
+            # Most calls: nothing is to be fitted or tracked.
             call = new(Call, (self.formula, x, None, self.stages, moments, names, False, None, (), None))
             try:
                 return run(call)[0]
