@@ -294,7 +294,7 @@ _EPS = ("eps", "variance_epsilon", "epsilon", "variance_eps")
 
 def _check_call(module: nn.Module) -> None:
     check_forward(module)
-    if isinstance(module, Norm) and len(module._patterns()) > 1:
+    if isinstance(module, Norm) and len(module.patterns()) > 1:
         raise KeptError("a mixture")
     if isinstance(module, Norm) and module.changes():
         raise KeptError(module.changes())

@@ -710,7 +710,7 @@ def _of_layer(
     if call is None:
         received, instead = f"{type(layer).__name__}", "explain(its pattern, x)"
         raise SpecError(say("this layer normalizes nothing by its pattern", received=received, instead=instead))
-    met, patterns = (call.x, call.mask, call.names), layer._patterns()
+    met, patterns = (call.x, call.mask, call.names), layer.patterns()
     if len(patterns) == 1:
         return _explained(layer.formula, *met, _about(layer))
     seen = {str(f.spec): _explained(f, *met, _about(layer, tracks)) for f, tracks in patterns}
@@ -737,7 +737,7 @@ def _report(model: nn.Module, x: Any) -> Report:
     rows = [
         _row(_key(name, place), layer, seen.get(_key(name, place)), x is not None, place)
         for name, layer in layers.items()
-        for place in range(len(layer._patterns()) if isinstance(layer, Norm) else 1)
+        for place in range(len(layer.patterns()) if isinstance(layer, Norm) else 1)
     ]
     return Report(_COLUMNS, tuple(rows), seen)
 
@@ -748,7 +748,7 @@ def _key(name: str, place: int) -> str:
 
 
 def _row(name: str, layer: nn.Module, found: Explanation | None, ran: bool, place: int = 0) -> tuple[str, ...]:
-    formula, tracks = layer._patterns()[place] if isinstance(layer, Norm) else (formula_of(layer), None)
+    formula, tracks = layer.patterns()[place] if isinstance(layer, Norm) else (formula_of(layer), None)
     about = _about(layer, tracks)
     pattern = "its own" if formula is None else str(formula.spec)
     sets = elements = known = samples = ""
@@ -793,7 +793,7 @@ def _note(seen: dict[str, Explanation], names: Mapping[int, str], layer: Norm, m
     if name is None or name in seen:
         return
     call = _met(layer, made)
-    for place, (formula, tracks) in enumerate(layer._patterns() if call is not None else ()):
+    for place, (formula, tracks) in enumerate(layer.patterns() if call is not None else ()):
         assert call is not None
         about = _about(layer, tracks)
         seen[_key(name, place)] = _explained(formula, call.x.detach(), call.mask, call.names, about)

@@ -17,6 +17,7 @@ from .calls.ranks import Ranks
 from .errors import SpecError, say, shown
 from .images import broadcasts, over_pixels
 from .layers.norm import Norm
+from .layers.parameters import described
 from .layers.running import checked_momentum
 from .layers.static_labels import given_once
 from .partition import Partition, whole
@@ -599,16 +600,15 @@ class Mixture(Norm):
         weights = [logits.to(m.m2.dtype).softmax(-1) for logits in both]
         return m.mixed(*weights) if self.mix == "moments" else m.mixed_results(weights[0], self.eps)
 
-    def _said(self) -> str:
-        return repr([str(spec) for spec in self._specs])
-
-    def _patterns(self) -> list[tuple[Formula, bool]]:
+    def patterns(self) -> list[tuple[Formula, bool]]:
+        """All patterns, and whether running statistics of each are kept."""
         options = Options(eps=self.eps)
         return [(Formula(spec, options, (), self._sizes), str(k) in self.running) for k, spec in enumerate(self._specs)]
 
     def extra_repr(self) -> str:
         """What `Norm` shows, with all patterns."""
-        return f"{super().extra_repr()}, sets={str(self._spec.sets)!r}, mix={self.mix!r}"
+        said = described(self, repr([str(spec) for spec in self._specs]))
+        return f"{said}, sets={str(self._spec.sets)!r}, mix={self.mix!r}"
 
 
 class _OfImages(Mixture):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -577,6 +576,25 @@ class SensorNorm(Norm):
         self.num_sensors, self.num_channels = sensor.count, sensor.ids.numel()
 
 
+def _filled(m: Moments, known: Tensor) -> Moments:
+    """Where not known, the moments of the first row."""
+    return each(lambda t: t.where(known, t[:1]), m)
+
+
+class _OfGroups(RunningStatistics):
+    """The running statistics of everyone, in row 0, and of groups that have enough members."""
+
+    def moments(self, layer: Any) -> Moments:
+        """The statistics of everyone stand for a group that was never seen."""
+        return _filled(super().moments(layer), layer.num_batches_tracked > 0)
+
+    def values(self, layer: Any, *seen: Moments) -> tuple[Known, Known]:
+        """Groups with too few members stay."""
+        (m,) = seen
+        known = m.count >= layer.min_members
+        return (m.mean, known), (m.unbiased_var()[0], known)
+
+
 class DemographicNorm(Norm):
     r"""Tables, (N, F): every feature by the statistics of the person's own group, as BatchNorm does by those of all.
 
@@ -620,6 +638,8 @@ class DemographicNorm(Norm):
     Source: Xu et al., "FairAdaBN", 2023, with a BatchNorm for each demographic group; Chang et al., "Domain-Specific
     Batch Normalization", 2019.
     """
+
+    running_statistics = _OfGroups()
 
     def __init__(
         self,
@@ -721,29 +741,6 @@ class DemographicNorm(Norm):
 
 
 _IDS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-@dataclass(frozen=True)
-class _OfGroups(RunningStatistics):
-    """The running statistics of everyone, in row 0, and of groups that have enough members."""
-
-    def moments(self, layer: Any) -> Moments:
-        """The statistics of everyone stand for a group that was never seen."""
-        return _filled(super().moments(layer), layer.num_batches_tracked > 0)
-
-    def values(self, layer: Any, *seen: Moments) -> tuple[Known, Known]:
-        """Groups with too few members stay."""
-        (m,) = seen
-        known = m.count >= layer.min_members
-        return (m.mean, known), (m.unbiased_var()[0], known)
-
-
-DemographicNorm.running_statistics = _OfGroups()
-
-
-def _filled(m: Moments, known: Tensor) -> Moments:
-    """Where not known, the moments of the first row."""
-    return each(lambda t: t.where(known, t[:1]), m)
 
 
 # --- what is common --------------------------------------------------------------------------------------------------

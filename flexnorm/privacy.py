@@ -88,11 +88,11 @@ def _grad_sample(layer: Norm, activations: list[Tensor], backprops: Tensor) -> d
 
 def _refusals(layer: Norm) -> list[Any]:
     """Where the sets of a layer go over the samples, the first axis of x, there is no gradient of one sample."""
-    for formula, _ in layer._patterns():
+    for formula, _ in layer.patterns():
         if roles(formula.spec)[:1] not in {"k", "K", "1"}:
             said = "samples of a batch share statistics, so no gradient is that of one"
             return [UnsupportedModuleError(f"{said}: {layer}")]
-    if len(layer._patterns()) > 1:
+    if len(layer.patterns()) > 1:
         return [UnsupportedModuleError(f"the gradients of a gate are not known sample by sample: {layer}")]
     return []
 

@@ -268,7 +268,7 @@ class Facts:
     def mixes(self) -> bool:
         """Whether samples share statistics, or may, in a layer that is not judged."""
         if isinstance(self.layer, Norm):
-            return any(roles(formula.spec)[:1] not in {"k", "K", "1"} for formula, _ in self.layer._patterns())
+            return any(roles(formula.spec)[:1] not in {"k", "K", "1"} for formula, _ in self.layer.patterns())
         return isinstance(self.layer, _BatchNorm)
 
     @property
@@ -350,7 +350,7 @@ def _kind(layer: nn.Module) -> str:
         return "own"
     if type(layer).__module__ == "flexnorm.graphs" and any(True for _ in formula.spec.sets.lookups()):
         return "graph"
-    if isinstance(layer, Norm) and (layer.changes() or len(layer._patterns()) > 1):
+    if isinstance(layer, Norm) and (layer.changes() or len(layer.patterns()) > 1):
         return "own"
     if isinstance(layer, Norm) and (layer._static or layer._conditional is not None or layer._cumulative is not None):
         return "own"

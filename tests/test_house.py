@@ -73,6 +73,25 @@ def test_earlier_names_of_modules_still_import():
         assert importlib.util.find_spec(target) is not None
 
 
+def test_a_layer_overrides_no_private_method():
+    """A layer is made by the methods that anybody may override."""
+
+    def of(cls):
+        names = (n for n in vars(cls) if n.startswith("_") and not n.startswith("__"))
+        return {n for n in names if inspect.isfunction(vars(cls)[n])}
+
+    own = set().union(*(of(cls) for cls in flexnorm.Norm.__mro__ if cls.__module__.startswith("flexnorm")))
+    found = [PACKAGE / f"{name}.py" for name in ("images", "sequences", "mixtures", "presets", "grouping", "padding")]
+    for path in found:
+        importlib.import_module(f"flexnorm.{path.stem}")
+    left = list(flexnorm.Norm.__subclasses__())
+    while left:
+        cls = left.pop()
+        left += cls.__subclasses__()
+        if cls.__module__.startswith("flexnorm."):
+            assert not of(cls) & own, cls
+
+
 def test_only_spec_reads_characters():
     for path in PACKAGE.rglob("*.py"):
         names = {

@@ -33,7 +33,7 @@ class Mixing(NamedTuple):
         ways: one for each pattern.
         eps: that of the norm.
         results: results are mixed, and not moments.
-        wanted: of which patterns the moments themselves are wanted; (): of none.
+        wanted: for every pattern, whether its own moments are wanted; () for none.
         composition: the same in operations that can be differentiated again.
     """
 

@@ -524,16 +524,13 @@ class Norm(_Stateful):
 
     def extra_repr(self) -> str:
         """What `print(norm)` shows."""
-        return described(self)
+        return described(self, repr(str(self._spec)))
 
     def _fixed_shape(self, expr: Expr, what: str) -> tuple[int, ...]:
         return fixed_shape(self._spec, expr, what, self._sizes, self._counts, self._lookups)
 
-    def _said(self) -> str:
-        return repr(str(self._spec))
-
-    def _patterns(self) -> list[tuple[Formula, bool]]:
-        """What it normalizes by, and whether it evaluates by running statistics of that."""
+    def patterns(self) -> list[tuple[Formula, bool]]:
+        """The formulas that a layer normalizes by; and for each, whether running statistics of its sets are kept."""
         return [(self._formula, self.running_mean is not None)]
 
 

@@ -110,9 +110,9 @@ def check_kinds(bias: object, dtype: torch.dtype | None) -> None:
         raise SpecError(say(rule, received=received, instead=instead))
 
 
-def described(layer: Any) -> str:
+def described(layer: Any, pattern: str) -> str:
     """What a layer was built with, as `print` shows it."""
-    said = [layer._said()]
+    said = [pattern]
     said += [f"{name}={size}" for name, size in layer._sizes.items() if name.isidentifier()]
     compositions = {name: size for name, size in layer._sizes.items() if not name.isidentifier()}
     said += [f"sizes={compositions}"] if compositions else []
