@@ -1,4 +1,4 @@
-"""`given`: masks, labels and lengths for norms nested where nobody passes arguments on.
+"""`given`: masks, labels and lengths for norms inside of models that pass no arguments on.
 
 Five tricks stand here, and nowhere else.
 
@@ -35,7 +35,7 @@ from .arguments import Label
 
 
 class given:  # noqa: N801  # read as a word: with given(mask=m)
-    """Masks and labels for norms nested where nobody passes arguments on, as in `nn.Sequential`.
+    """Masks and labels for norms inside of models that pass no arguments on, such as `nn.Sequential`.
 
     Every `Norm` called inside takes the mask, if its pattern has one, the labels that it reads, and what its `forward`
     takes by keyword: `lengths`, `key_padding_mask`, `cu_seqlens`, `batch`. What is passed explicitly wins, an inner

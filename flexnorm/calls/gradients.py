@@ -184,7 +184,7 @@ def _answer(found: Any) -> Any:
 
 
 def itself(y: Tensor) -> Tensor:
-    """A result that is no view of a tensor which nobody sees: `nn.ReLU(inplace=True)` may stand behind."""
+    """The same result, and not a view of a hidden tensor, because `nn.ReLU(inplace=True)` may change it."""
     if not y._is_view():
         return y
     same: Tensor = torch.ops.aten._unsafe_view(y, y.shape)

@@ -45,7 +45,7 @@ class Mixing(NamedTuple):
 
 
 def reads(own: Moments) -> bool:
-    """Whether the library may read these moments: plain numbers on a CPU, and nobody watches what becomes of them."""
+    """Whether the library may read these moments: they are plain numbers on a CPU, and no tracer watches them."""
     mean = own.mean
     return type(_KERNELS) is not str and unwatched(mean) and mean.is_cpu and not own.count.requires_grad
 
@@ -70,7 +70,7 @@ def mix(how: Mixing, own: Moments, logits: Sequence[Tensor]) -> tuple[Moments, t
 
 
 class Mixed(torch.autograd.Function):
-    """Saves the moments of the finest sets and the logits. Those of the patterns are merged again."""
+    """Saves the finest moments and the logits. The backward pass merges the moments of the patterns again."""
 
     @staticmethod
     def forward(

@@ -242,7 +242,7 @@ ROWS = torch.contiguous_format
 
 
 def low_of(m: Moments) -> Tensor:
-    """What the mean lost when it was rounded; zeros, where nobody knows."""
+    """The rounding error of the mean; zeros if it is not known."""
     return torch.zeros_like(m.mean) if m.low is None else m.low
 
 

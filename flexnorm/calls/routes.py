@@ -260,7 +260,7 @@ def _traced(call: Call, **options: bool) -> Result:
 def _backend(
     recipe: Recipe, operands: Operands, tensors: Sequence[Tensor | None], moments: str | None
 ) -> tuple[Composed, bool]:
-    """The backend of a call, and whether autograd needs a Function: nobody else may see the operations."""
+    """The backend of a call, and whether an autograd Function stands around it."""
     differentiated = torch.is_grad_enabled() and any_requires_grad(tensors)
     transformed = seen_through(tensors)
     plan = choose(recipe, operands, differentiated=differentiated, transformed=transformed, moments=moments)
