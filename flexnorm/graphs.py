@@ -22,7 +22,7 @@ from .calls.arguments import Formula, Label, Options
 from .calls.call import Call, named
 from .calls.functional import formula_for, moments, normalize
 from .calls.given import something_given
-from .calls.gradients import OneVariance
+from .calls.steps import OneVariance
 from .errors import ShapeError, SpecError, say, shown
 from .kernels import stat_dtype
 from .layers.norm import Norm

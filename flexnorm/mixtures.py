@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .calls.arguments import Formula, Label, Options, label_missing
 from .calls.call import ALONE, Call, Used
-from .calls.gradients import moments_of
+from .calls.computing import moments_of
 from .calls.mixing import Kept, Mixing, Way, mix, reads
 from .calls.ranks import Ranks
 from .errors import SpecError, say, shown

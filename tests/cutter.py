@@ -24,7 +24,6 @@ FOLD = 5.0  # to add the sums of a column to those of its set: once for all rows
 ENTRY = 0.5  # to make an entry of a table, or to look one up for all rows
 LOOKUP = 0.8  # to look up the parameters of every column at every row
 LABEL = 4.0  # to make an entry from labels, which may be others at the next call
-SPREAD = 0.12  # to write the parameters of runs along the columns
 BLOCK = 1.0  # to have another table every few rows
 LINES = 0.05  # to sum columns whose sums leave the first cache
 WIDE = 4096  # so many columns
@@ -33,7 +32,6 @@ WIDE = 4096  # so many columns
 MANY = 4  # rows that pay for a sum per column
 SPLIT = 256  # a run of columns so long is summed by itself, whatever the rows
 SHORT = 8  # shorter ones are not, however few rows share their columns
-LONG = 16  # columns of a run that pay for looking for its end
 CHUNK = 1 << 16  # elements of a set that are summed before they are merged with the next
 ROWS_OF_EACH = 1024  # rows that are, where every column has a set of its own
 ROWS = 512  # where runs of columns have, at most
@@ -110,12 +108,15 @@ class Cutter:
         return Cut(tuple(self.order), place, tuple(kinds), self.copied)
 
     def decides(self, cut):
-        """What says how a set is summed, beside the kinds: few, apart, shared and chunk of form.h."""
+        """What says how a set is summed, beside the kinds: few, apart, shared, by_runs and chunk of form.h."""
         rows, columns = self.order[: cut.place], self.order[cut.place :]
         consumed = self.consumed(rows, columns)
         inner = [axis for axis in rows if not self.sets.steps[axis] and axis not in consumed]
         apart = 0 in columns and any(0 in label.axes for label in self.sets.labels)
-        return (self.share(rows, columns) < MANY, apart, self.shared([*inner, *consumed]), self.chunk(columns))
+        params = self.params
+        by_runs = params is not None and self.kind(params, columns) == "table" and self.run(params, columns) >= SHORT
+        few, shared = self.share(rows, columns) < MANY, self.shared([*inner, *consumed])
+        return few, apart, shared, by_runs, self.chunk(columns)
 
     def contiguous(self, axis, step):
         return self.sizes[axis] == 1 or self.x[axis] == step == self.y[axis]
@@ -149,7 +150,7 @@ class Cutter:
                     work += ENTRY * max(0.1, 1 / share)
                 elif operand is self.params:
                     own = self.run(operand, columns)
-                    work += RUN / own + SPREAD if own >= LONG else LOOKUP
+                    work += RUN / own if own >= SHORT else LOOKUP
             if kind != "one" and operand is not self.mask:
                 work += LINES * (self.count(axis for axis in columns if axis not in self.unknown) > WIDE)
         return work

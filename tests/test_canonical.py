@@ -87,7 +87,7 @@ def bound_form(pattern, x, *, sizes=None, labels=None, affine=None, mask=None):
         param_label=torch.tensor(found["param_label"]) if "param_label" in found else None,
         injective=bool(found["injective"]),
         copied=bool(found["copied"]),
-    ), (bool(found["few"]), bool(found["apart"]), bool(found["shared"]), found["chunk"])
+    ), (*(bool(found[name]) for name in ("few", "apart", "shared", "by_runs")), found["chunk"])
 
 
 needs_library = pytest.mark.skipif(isinstance(library(), str), reason="the C++ kernels are left out")

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import flexnorm
 from flexnorm import Moments, Norm, moments, normalize
 from flexnorm.calls.call import Used
-from flexnorm.calls.gradients import Bound, Statistics
+from flexnorm.calls.computing import Bound
+from flexnorm.calls.gradients import Statistics
 from flexnorm.kernels import cpu
 
 PATTERN, SHAPE = "n c t -> n c", (3, 4, 6)

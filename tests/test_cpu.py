@@ -1185,3 +1185,31 @@ def test_a_library_of_another_version(copy):
     room, reason = python(RUNS, where=copy).splitlines()
     assert room.startswith("aten the C++ kernels are those of another version")
     assert "another version" in reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("pattern", "shape", "kept"),
+    [("n (g c) t, n t -> n g", (5, 24, 40), "n t"), ("n (g c) t, t -> g", (3, 24, 40), "t"),
+     ("n (g c) t, n g c t -> n g", (4, 24, 19), "n g c t")],
+)  # fmt: skip
+def test_parameters_by_runs(pattern, shape, kept, dtype):
+    """Columns hold several channels, whose weights are one along runs; the mask leaves members that lie apart."""
+    sizes = {"g": 3, "c": 8, "t": shape[-1]}
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=g).to(dtype)
+    params = {"weight": torch.randn(24, generator=g), "bias": torch.randn(24, generator=g), "affine": "(g c)"}
+    extents = [{"n": shape[0], **sizes}[axis] for axis in kept.split()]
+    whole = torch.ones(extents, dtype=torch.bool)
+    padded = whole.clone()
+    padded[..., -7:] = False
+    holes = torch.rand(extents, generator=g) < 0.6
+    for options in ({}, {"activation": "silu"}):
+        for mask in (padded, holes):
+            check(problem(pattern, x, mask=mask, sizes=sizes, **params, **options), threads=(1, 2))
+        for width in widths():
+            with engine(width):
+                alone, masked = (
+                    results(cpu, problem(pattern, x, mask=m, sizes=sizes, **params, **options)) for m in (None, whole)
+                )
+            assert_same(alone, masked, "a mask that leaves nothing out")

@@ -27,9 +27,9 @@ from .arguments import (
     unnamed_axes,
 )
 from .call import ALONE, Call, new
-from .gradients import corrected
 from .ranks import Ranks, Sharding
 from .routes import compiling, own_moments, run
+from .steps import corrected
 
 
 def normalize(

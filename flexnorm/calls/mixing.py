@@ -14,8 +14,7 @@ from torch import Tensor
 from ..library import library
 from ..partition import Packed
 from ..statistics import Moments
-from ..watching import unwatched
-from .gradients import any_requires_grad, seen_through
+from ..watching import any_requires_grad, seen_through, unwatched
 
 Way = tuple[bytes | None, tuple[Packed, ...], Tensor | None, Tensor | None]
 """The pattern from the finest sets to larger ones (None: to themselves), its labels, running mean and variance."""

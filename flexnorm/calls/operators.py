@@ -20,7 +20,7 @@ from ..spec import Spec
 from ..statistics import Moments
 from ..watching import unwatched
 from .arguments import Formula, Options
-from .gradients import Bound, Closer, Composed, How
+from .computing import Bound, Closer, Composed, How
 
 # The overload of every operator. Other arguments, or results of other shapes, are another version, because compilers
 # keep graphs beyond a process. `refused.py` has the operators of the earlier one.

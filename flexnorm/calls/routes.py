@@ -14,33 +14,14 @@ from ..library import library
 from ..partition import Partition
 from ..spec import Element, Expr
 from ..statistics import Moments
-from ..watching import unwatched
+from ..watching import any_requires_grad, seen_through, unwatched
 from . import complexes, traced
 from .arguments import Formula, outward_moments
 from .call import ALONE, Call, Result, new
-from .gradients import (
-    Apply,
-    Bound,
-    Closer,
-    Composed,
-    How,
-    Normalize,
-    OneVariance,
-    Statistics,
-    Step,
-    Stepped,
-    any_requires_grad,
-    applied,
-    corrected,
-    has_partner,
-    is_share,
-    measured,
-    moments_of,
-    normalized,
-    seen_through,
-    stepped,
-)
+from .computing import Bound, Closer, Composed, How, moments_of
+from .gradients import Apply, Normalize, Statistics, Stepped, applied, has_partner, measured, normalized, stepped
 from .ranks import Ranks, is_dtensor
+from .steps import OneVariance, Step, corrected, is_share
 
 Change = Callable[[Moments], Moments]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ..calls.call import Call, Result
-from ..calls.gradients import moments_of
+from ..calls.computing import moments_of
 from ..calls.ranks import is_dtensor
 from ..calls.routes import bound, run
 from ..errors import SpecError, say, shown

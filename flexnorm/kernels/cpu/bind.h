@@ -212,6 +212,7 @@ class Binder {
         f.few = share(cut) < MANY;
         f.apart = is_column(0, cut) && any_label(OF_SETS, 0);
         f.shared = shared(cut, consumed, eaten);
+        f.by_runs = f.params.kind == TABLE && run(OF_PARAMS, cut) >= double(SHORT);
         f.chunk = chunk(cut);
         return true;
     }
@@ -446,7 +447,6 @@ class Binder {
         constexpr double ENTRY = .5;   // to make an entry of a table, or to look one up for all rows
         constexpr double LOOKUP = .8;  // to look up the parameters of every column at every row
         constexpr double LABEL = 4;    // to make an entry from labels, which may be others at the next call
-        constexpr double SPREAD = .12; // to write the parameters of runs along the columns
         constexpr double BLOCK = 1;    // to have another table every few rows
         constexpr double LINES = .05;  // to sum columns whose sums leave the first cache
         constexpr double WIDE = 4096;  // so many columns
@@ -473,7 +473,7 @@ class Binder {
                 else if (o == OF_PARAMS && by_column) work += ENTRY * std::max(.1, 1 / share);
                 else if (o == OF_PARAMS) {
                     const double own = this->run(o, place);
-                    work += own >= double(LONG) ? RUN / own + SPREAD : LOOKUP;
+                    work += own >= double(SHORT) ? RUN / own : LOOKUP;
                 }
             }
             if (what != ONE && o != OF_MASK && side_by_side > WIDE) work += LINES;

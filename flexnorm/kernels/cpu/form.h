@@ -55,6 +55,7 @@ struct Form {
     int64_t few;     // few rows share the sums of a column
     int64_t apart;   // members of a set lie side by side along the columns or not, as ids are sorted: there are no runs
     int64_t shared;  // all rows of a range have the same parameters
+    int64_t by_runs; // parameters are one along runs of SHORT columns or more
     int64_t chunk;   // rows of a chunk; 0 where one set has all elements of a range, of which a chunk has CHUNK
 };
 

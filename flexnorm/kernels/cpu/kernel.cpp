@@ -175,6 +175,10 @@ class Scratch {
     alignas(64) T eight[8][NARROW];  // dy or dz of eight rows
     alignas(64) T held[3][WIDE];     // x, dz and weights of members that lie apart
     int64_t n_held = 0;
+    struct {
+        int64_t end, param;
+    } part[SPAN];  // of these, by their parameters
+    int64_t n_parts = 0;
     Window window{};
     alignas(64) double column[5][NARROW];
     Sums columns{column[0], column[1], column[2], column[3], column[4]};
@@ -226,8 +230,10 @@ class Kernel {
           leaves_dz(Same::value && form.activation && call.what == BACKWARD), broken(form.sets.kind == TABLE && !form.sets.even),
           one_param(form.shared), masked_along(form.mask.kind != ONE),
           members(form.mask_kind == MEMBERSHIP && !masked_along ? bytes : nullptr),
-          rowwise(walk.uniform() && walk.inner == 1 && form.sets.kind == ONE && form.columns <= SPAN && !masked_along &&
-                  form.mask_kind != WEIGHTS),
+          rowwise(walk.uniform() && form.n_inner <= 1 && form.sets.kind == ONE && form.columns <= SPAN &&
+                  walk.inner * form.columns <= CHUNK &&
+                  (form.mask_kind == EVERYTHING || (form.mask_kind == MEMBERSHIP && !masked_along))),
+          adjacent(walk.inner == 1 || (Same::value && form.n_inner == 1 && form.inner[0].step[X] == form.columns)),
           eights(form.shared && !masked_along) {}
 
     void run() {
@@ -275,10 +281,10 @@ class Kernel {
     };
 
     struct Params {
-        const T* w = nullptr;  // along the columns, or null: then w and b are `ws` and `bs`
+        const T* w = nullptr;  // along the columns, or null: then w and b are `ws` and `bs`, or lie by runs
         const T* b = nullptr;
         T ws = 1, bs = 0;
-        bool known = false;
+        bool known = false, by_runs = false;
     };
 
     struct Share {  // what the mask says of a row and some columns
@@ -468,7 +474,7 @@ class Kernel {
             };
             if (f.order && begin < end) fetch_rows(walk.range(begin));
             if (c.what == FORWARD || c.what == STATISTICS) {
-                if (rowwise) sum_rows(own, sets.sums, ranges, n);
+                if (rowwise && adjacent && !(members && walk.inner > 1)) sum_rows(own, sets.sums, ranges, n);
                 else each([&](const Range& range, const Part& all, const Sets<T>& of) {
                     if (is_chunk(range)) return sum(own, of.sums, range, all);
                     const std::vector<Part> parts = chunks(range);
@@ -817,9 +823,9 @@ class Kernel {
         return s;
     }
 
-    INLINE Params params(Own& own, const Row& row, int64_t k, int64_t n) const {
+    INLINE Params params(Own& own, const Row& row, int64_t k, int64_t n, bool by_runs = false) const {
         Params p;
-        p.known = true;
+        p.known = true, p.by_runs = by_runs;
         if (!weight && !bias) return p;
         int64_t at = row.at[PARAM];
         if (f.params.kind == ONE) {
@@ -828,12 +834,25 @@ class Kernel {
         } else if (f.params.kind == EACH) {
             p.w = weight ? weight + at + k : own.ones;
             p.b = bias ? bias + at + k : own.zeros;
-        } else {
+        } else if (!by_runs) {
             look_up(own, row, k, n);
             p.w = weight ? own.w : own.ones;
             p.b = bias ? own.b : own.zeros;
         }
         return p;
+    }
+
+    // visit(the first of some columns, how many, their weight, their bias, their parameter) for n columns from `begin`.
+    template <class F>
+    INLINE void by_params(const Row& row, int64_t begin, int64_t n, F&& visit) const {
+        const int64_t at = row.at[PARAM], block = row.at[PARAM_BLOCK];
+        auto one = [&](int64_t k, Any many, int64_t id) INLINE_LAMBDA {
+            visit(k - begin, many, weight ? weight[at + id] : T(1), bias ? bias[at + id] : T(0), at + id);
+        };
+        const int32_t* table = f.params.table + block * f.columns + begin;
+        // Between two runs of one value lie more columns than these.
+        if (n <= f.params.shortest && table[0] == table[n - 1]) return one(begin, Any{n}, table[0]);
+        walk.table_runs<Any>(f.params, block, begin, begin + n, one);
     }
 
     NOINLINE void look_up(Own& own, const Row& row, int64_t k, int64_t n) const {
@@ -880,20 +899,21 @@ class Kernel {
         if (all || most > FAR) again(own, sums, count, range, part, all ? 0.0 : FAR);
     }
 
-    // Of ranges of one row each, which are closed together.
+    // Of ranges whose rows follow one another, which are closed together.
     void sum_rows(Own& own, const Sums& sums, const Range* ranges, int64_t n) {
         sums.clear(n, false);
         for (int64_t i = 0; i < n; ++i) {
             const Row& row = ranges[i].base;
             if (members && !members[row.at[MASK]]) continue;
-            run(sums, i, values(x + row.at[X], own.x[0], f.columns), Share{}, Any{f.columns}, !f.center);
+            const int64_t length = walk.inner * f.columns;
+            run(sums, i, values(x + row.at[X], own.x[0], length), Share{}, Any{length}, !f.center);
         }
         if (!f.center) fill(sums.s, n, 0.0);
         double most = sums.close(n);
         if (!f.center) return;
         const double far = std::is_same<T, double>::value ? 0.0 : FAR;
         for (int64_t i = 0; i < n && (far == 0 || most > far); ++i)
-            if (far == 0 || sums.added[i] > far) again(own, sums.at(i), 1, ranges[i], Part{0, 1, 0, f.columns}, far);
+            if (far == 0 || sums.added[i] > far) again(own, sums.at(i), 1, ranges[i], Part{0, walk.inner, 0, f.columns}, far);
     }
 
     // Sets that are near stay as they are: what a set gives does not depend on the others.
@@ -1154,36 +1174,52 @@ class Kernel {
             },
             [&](const Row& row, int64_t block, int64_t k, int64_t n, bool) {
                 y_of(own, row, k, n, [&](const T* v, auto t) {
-                    Params p = params(own, row, k, n);
+                    Params p = params(own, row, k, n, f.by_runs);
                     walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
-                        apply_run(v + (begin - k), t + (begin - k), many, standard(from, id), p, begin - k);
+                        apply_run(row, begin, v + (begin - k), t + (begin - k), many, standard(from, id), p, begin - k);
                     });
                 });
             });
     }
 
-    // Of one set; `at`: where its columns begin among those of the parameters.
+    // Of one set, whose columns begin with `begin`, and `at` among those of the parameters.
     template <class O, class N>
-    INLINE static void apply_run(const T* v, O to, N n, Standard<One<T>> m, const Params& p, int64_t at) {
+    INLINE void apply_run(const Row& row, int64_t begin, const T* v, O to, N n, const Standard<One<T>>& m, const Params& p,
+                          int64_t at) const {
         if (p.w) return normalize(v, to, n, m, Each<T>{p.w + at}, Each<T>{p.b + at});
-        m.r.value *= p.ws, m.c.value = m.c.value * p.ws + p.bs;
-        normalize(v, to, n, m);
+        if (p.by_runs) return apply_by_params(row, begin, v, to, n.n, m);
+        normalize(v, to, n, weighted(m, p.ws, p.bs));
+    }
+    template <class O>
+    NOINLINE void apply_by_params(const Row& row, int64_t begin, const T* v, O to, int64_t n, Standard<One<T>> m) const {
+        by_params(row, begin, n, [=](int64_t k, Any many, T w, T b, int64_t) INLINE_LAMBDA {
+            normalize(v + k, to + k, many, weighted(m, w, b));
+        });
+    }
+    static INLINE Standard<One<T>> weighted(const Standard<One<T>>& m, T w, T b) {
+        return {m.high, {m.r.value * w}, {m.c.value * w + b}};
     }
 
     void apply_rows(Own& own, const Sets<T>& from, const Range* ranges, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) {
-            const Row row = only(ranges[i]);
+        each_row(ranges, n, [&](int64_t i, const Row& row) {
             y_of(own, row, 0, f.columns, [&](const T* v, auto t) {
-                apply_run(v, t, Any{f.columns}, standard(from, i), params(own, row, 0, f.columns), 0);
+                apply_run(row, 0, v, t, Any{f.columns}, standard(from, i), params(own, row, 0, f.columns, f.by_runs), 0);
             });
-        }
+        });
     }
 
-    // The row of a range that has no other.
-    INLINE Row only(const Range& range) const {
-        Row row = range.base;
-        if (f.param_label) row.at[PARAM] += f.param_label[row.at[PARAM_LABEL]];
-        return row;
+    // visit(number of the range, row) for all rows of ranges whose rows are equal steps apart.
+    template <class F>
+    INLINE void each_row(const Range* ranges, int64_t n, F&& visit) const {
+        for (int64_t i = 0; i < n; ++i) {
+            Row next = ranges[i].base;
+            for (int64_t r = 0; r < walk.inner; ++r) {
+                Row row = next;
+                if (f.param_label) row.at[PARAM] += f.param_label[row.at[PARAM_LABEL]];
+                if (f.n_inner) step(next, f.inner[0]);
+                visit(i, row);
+            }
+        }
     }
 
     // Whether eight rows are inside of the mask, and their results go where they belong.
@@ -1288,9 +1324,8 @@ class Kernel {
         };
         auto activated = [&](const T* v, T* z) {
             walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
-                int64_t at = begin - k;
-                Standard<One<T>> m = standard(from, id);
-                with(p, at, [&](auto w, auto b) { normalize(v + at, Place<T>{z + at}, many, m, w, b); });
+                const int64_t at = begin - k;
+                apply_run(row, begin, v + at, Place<T>{z + at}, many, standard(from, id), p, at);
             });
         };
         return made(own, row, k, n, share, of_sums, inside, activated, own.x[0], own.dy, own.dz);
@@ -1300,7 +1335,7 @@ class Kernel {
     void dots(Own& own, const Sets<T>& from, double* sg, double* sgx, int64_t first, const Range& range, const Part& part,
               int64_t slot) {
         Slot of = c.dweight || c.dbias ? this->slot(slot) : Slot{};
-        own.lanes_of = nullptr, own.n_held = 0;
+        own.lanes_of = nullptr, own.n_held = own.n_parts = 0;
         const bool tabled = f.sets.kind == TABLE, at_once = comes_at_once(range);
         const int64_t width = part.k1 - part.k0;
         double *a_sums = nullptr, *b_sums = nullptr;  // of every column, where more rows share a table than come at once
@@ -1362,7 +1397,7 @@ class Kernel {
                 Share share = membership(own, row, k, n);
                 if (share.bytes || own.n_held) return dots_apart(own, from, sg, sgx, of, row, block, k, n, ends, share);
                 if (share.outside) return;
-                Params p = params(own, row, k, n);
+                Params p = params(own, row, k, n, f.by_runs);
                 Pair v = pair(own, row, block, k, n, share, true, p, from);
                 count_row(of);
                 walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
@@ -1382,6 +1417,8 @@ class Kernel {
         else if (p.w) {
             dot_sums(v.x, v.dz, n, m, Each<T>{p.w + at}, sums);
             if (of) of_params(own, of, row, begin, n.n, v, m);
+        } else if (p.by_runs) {
+            dots_by_params(of, row, begin, n.n, v, m, sums);
         } else {
             dot_sums(v.x, v.dz, n, m, One<T>{1}, sums);
             if (of) of.b[row.at[PARAM]] += sums[0], of.w[row.at[PARAM]] += sums[1];
@@ -1389,28 +1426,32 @@ class Kernel {
         }
         sg += sums[0], sgx += sums[1];
     }
+    NOINLINE void dots_by_params(const Slot& of, const Row& row, int64_t begin, int64_t n, Pair v, Standard<One<T>> m,
+                                 double* sums) const {
+        by_params(row, begin, n, [=](int64_t k, Any many, T, T, int64_t param) INLINE_LAMBDA {
+            dots_of_param(of, param, v.x + k, v.dz + k, many.n, m, sums);
+        });
+    }
 
     void dot_rows(Own& own, const Sets<T>& from, const Range* ranges, int64_t n, int64_t slot) {
         Slot of = c.dweight || c.dbias ? this->slot(slot) : Slot{};
-        for (int64_t i = 0; i < n; ++i) {
-            const Row row = only(ranges[i]);
-            if (members && !members[row.at[MASK]]) continue;
-            Params p = params(own, row, 0, f.columns);
+        each_row(ranges, n, [&](int64_t i, const Row& row) {
+            if (members && !members[row.at[MASK]]) return;
+            Params p = params(own, row, 0, f.columns, f.by_runs);
             Pair v = pair(own, row, 0, 0, f.columns, Share{}, true, p, from.at(i));
             count_row(of);
             dots_of_run(own, of, row, 0, Any{f.columns}, v, p, 0, standard(from, i), from.sg[i], from.sgx[i]);
-        }
+        });
     }
 
     // The same of a span whose members lie apart, or follow such: they are brought together, so that they are summed as if
     // they lay side by side.
     NOINLINE void dots_apart(Own& own, const Sets<T>& from, double* sg, double* sgx, const Slot& of, const Row& row,
                              int64_t block, int64_t k, int64_t n, bool ends, const Share& share) {
-        Params p = params(own, row, k, n);
+        Params p = params(own, row, k, n, f.by_runs);
         Pair v{};
         if (!share.outside) v = pair(own, row, block, k, n, share, true, p, from);
         walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
-            const int64_t at = begin - k;
             Standard<One<T>> m = standard(from, id);
             auto flush = [&] {
                 double sums[2] = {};
@@ -1418,30 +1459,56 @@ class Kernel {
                     if (p.w) dot_sums(own.held[0], own.held[1], some, m, Each<T>{own.held[2]}, sums);
                     else dot_sums(own.held[0], own.held[1], some, m, One<T>{1}, sums);
                 };
-                if (f.sets.kind == TABLE && own.n_held % 8 == 0 && own.n_held < BLOCK) add(Eights{own.n_held});
+                if (p.by_runs)
+                    for (int64_t i = 0, at = 0; i < own.n_parts; at = own.part[i++].end)
+                        dots_of_param(of, own.part[i].param, own.held[0] + at, own.held[1] + at, own.part[i].end - at, m, sums);
+                else if (f.sets.kind == TABLE && own.n_held % 8 == 0 && own.n_held < BLOCK) add(Eights{own.n_held});
                 else add(Any{own.n_held});
-                if (!p.w && of) of.b[row.at[PARAM]] += sums[0], of.w[row.at[PARAM]] += sums[1];
-                if (!p.w) sums[0] *= double(p.ws), sums[1] *= double(p.ws);
+                if (!p.by_runs && !p.w) {
+                    if (of) of.b[row.at[PARAM]] += sums[0], of.w[row.at[PARAM]] += sums[1];
+                    sums[0] *= double(p.ws), sums[1] *= double(p.ws);
+                }
                 sg[id] += sums[0], sgx[id] += sums[1];
-                own.n_held = 0;
+                own.n_held = own.n_parts = 0;
             };
-            if (!share.outside) {
-                if (p.w && of) of_params(own, of, row, begin, many.n, {v.x + at, v.dz + at}, m);
-                const T* parts[3] = {v.x + at, v.dz + at, p.w ? p.w + at : nullptr};
-                for (int64_t i = 0, more; i < many.n; i += more) {
-                    more = std::min(many.n - i, SPAN - own.n_held);
+            auto hold = [&](int64_t at, int64_t n, int64_t param) {
+                const T* operands[3] = {v.x + at, v.dz + at, p.w ? p.w + at : nullptr};
+                for (int64_t i = 0, more; i < n; i += more) {
+                    more = std::min(n - i, SPAN - own.n_held);
                     int64_t inside = more;
                     for (int q = 0; q < (p.w ? 3 : 2); ++q) {
                         T* to = own.held[q] + own.n_held;
-                        if (share.bytes) inside = compacted(parts[q] + i, share.bytes + at + i, more, to);
-                        else std::memcpy(to, parts[q] + i, sizeof(T) * size_t(more));
+                        if (share.bytes) inside = compacted(operands[q] + i, share.bytes + at + i, more, to);
+                        else std::memcpy(to, operands[q] + i, sizeof(T) * size_t(more));
                     }
                     own.n_held += inside;
+                    if (p.by_runs && inside) {
+                        const bool goes_on = own.n_parts && own.part[own.n_parts - 1].param == param;
+                        own.part[goes_on ? own.n_parts - 1 : own.n_parts++] = {own.n_held, param};
+                    }
                     if (own.n_held == SPAN) flush();
                 }
+            };
+            if (!share.outside) {
+                if (p.w && of) of_params(own, of, row, begin, many.n, {v.x + (begin - k), v.dz + (begin - k)}, m);
+                if (p.by_runs)
+                    by_params(row, begin, many.n, [&](int64_t at, Any some, T, T, int64_t param) {
+                        hold(begin - k + at, some.n, param);
+                    });
+                else hold(begin - k, many.n, 0);
             }
             if (own.n_held && (ends || begin + many.n < k + n)) flush();
         });
+    }
+
+    // Of n members that have one parameter.
+    INLINE void dots_of_param(const Slot& of, int64_t param, const T* v, const T* dz, int64_t n, const Standard<One<T>>& m,
+                              double* sums) const {
+        double own[2] = {}, w = weight ? double(weight[param]) : 1.0;
+        if (n % 8 == 0 && n < BLOCK) dot_sums(v, dz, Eights{n}, m, One<T>{1}, own);
+        else dot_sums(v, dz, Any{n}, m, One<T>{1}, own);
+        if (of) of.b[param] += own[0], of.w[param] += own[1];
+        sums[0] += w * own[0], sums[1] += w * own[1];
     }
 
     // Adds dz and dz * xhat of some columns of a row to the sums of their parameters.
@@ -1518,7 +1585,7 @@ class Kernel {
             },
             [&](const Row& row, int64_t block, int64_t k, int64_t n, bool) {
                 dx_of(own, row, k, n, [&](const Share& share, auto t) {
-                    Params p = params(own, row, k, n);
+                    Params p = params(own, row, k, n, f.by_runs);
                     Pair v = pair(own, row, block, k, n, share, false, p, from);
                     walk.runs(block, k, k + n, [&](int64_t begin, auto many, int64_t id) {
                         int64_t at = begin - k;
@@ -1536,20 +1603,27 @@ class Kernel {
         One<T> c1{of.c1[0]}, c2{of.c2[0]};
         if (pm) mask_dots(pm, row, begin, n.n, v.x, m, c1, c2, One<T>{of.v[0]});
         with(share.weights, share.one, [&](auto part) {
+            if (p.by_runs) return gradient_by_params(row, begin, n.n, v, to, m, c1, c2, part);
             with(p.w ? p.w + at : nullptr, p.ws, [&](auto w) { gradient(v.x, v.dz, to, n, m, w, c1, c2, part); });
+        });
+    }
+    template <class O, class U>
+    NOINLINE void gradient_by_params(const Row& row, int64_t begin, int64_t n, Pair v, O to, Standard<One<T>> m, One<T> c1,
+                                     One<T> c2, U part) const {
+        by_params(row, begin, n, [=](int64_t k, Any many, T w, T, int64_t) INLINE_LAMBDA {
+            gradient(v.x + k, v.dz + k, to + k, many, m, One<T>{w}, c1, c2, part.from(k));
         });
     }
 
     void gradients_of_rows(Own& own, const Sets<T>& from, const Range* ranges, int64_t n, int64_t slot) {
         double* pm = mask_slot(slot);
-        for (int64_t i = 0; i < n; ++i) {
-            const Row row = only(ranges[i]);
+        each_row(ranges, n, [&](int64_t i, const Row& row) {
             dx_of(own, row, 0, f.columns, [&](const Share& share, auto t) {
-                Params p = params(own, row, 0, f.columns);
+                Params p = params(own, row, 0, f.columns, f.by_runs);
                 Pair v = pair(own, row, 0, 0, f.columns, share, false, p, from.at(i));
                 gradient_of_run(pm, row, 0, Any{f.columns}, v, t, share, p, 0, from.at(i));
             });
-        }
+        });
     }
 
     // The gradient of a weight: d mean / d w = (x - mean) / n, d var / d w = ((x - mean)^2 - var) / n.
@@ -1670,7 +1744,8 @@ class Kernel {
     const bool one_param;     // all rows of a range have the same parameters
     const bool masked_along;  // masks of this pattern vary along the columns, also where none is given
     const uint8_t* members;   // the mask, where it says of whole rows whether they are inside
-    const bool rowwise;       // a range is one row, and that is all of one set
+    const bool rowwise;       // a range is one chunk of a set, in rows that are equal steps apart
+    const bool adjacent;      // its rows follow one another
     const bool eights;        // rows of a tile are taken by eight
     const uint64_t number = ++calls;  // of this call
 };

@@ -1124,7 +1124,7 @@ PyObject* bind(PyObject*, PyObject* const* a, Py_ssize_t n_arguments) {
     if (f.param_label) labels_of = int64_t(tables.param_label.size());
     put(to, "param_label", f.param_label, labels_of);
     put(to, "n_sets", f.n_sets), put(to, "count", int64_t(f.count));
-    put(to, "few", f.few), put(to, "apart", f.apart), put(to, "shared", f.shared), put(to, "chunk", f.chunk);
+    put(to, "few", f.few), put(to, "apart", f.apart), put(to, "shared", f.shared), put(to, "by_runs", f.by_runs), put(to, "chunk", f.chunk);
     return PyErr_Occurred() ? nullptr : made.release();
 }
 

@@ -296,6 +296,7 @@ class Walk {
     };
 
     static int64_t run_at(const Column& column, int64_t block, int64_t k) {
+        if (column.shortest == column.longest) return column.run_ptr[block] + int32_t(k) / int32_t(column.longest);
         const int32_t *begin = column.runs + column.run_ptr[block], *end = column.runs + column.run_ptr[block + 1];
         return std::upper_bound(begin, end, int32_t(k)) - column.runs - 1;
     }
