@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INTERFACE = 4  # that of module.cpp
+INTERFACE = 5  # that of module.cpp
+PAGES = ("ask", "fresh", "resident")  # FLEXNORM_PAGES: what is known of the pages of large results (pages.h)
 
 
 @cache
 def library() -> Any:
-    """The module of the C++ kernels, or why there is none. FLEXNORM_CPU=0 in the environment leaves it out."""
+    """The module of the C++ kernels, or why there is none.
+
+    FLEXNORM_CPU=0 in the environment leaves it out. FLEXNORM_PAGES=fresh or resident says what the kernels otherwise
+    ask the system: whether the memory of a large result has to be made page by page.
+    """
     if os.environ.get("FLEXNORM_CPU") == "0":
         return "the C++ kernels are left out by FLEXNORM_CPU=0"
     path = Path(__file__).with_name("kernels") / "cpu" / "_kernels.abi3.so"
@@ -42,6 +47,10 @@ def set_up(module: Any, exchange: Any) -> None:
     """Tells the library where torch's functions are. `exchange` is torch's table of DLPack functions (2.10 and later);
     without it tensors are read by their attributes."""
     module.setup(torch, _converted, _copied, exchange)
+    known = os.environ.get("FLEXNORM_PAGES", "ask")
+    if known not in PAGES:
+        raise ValueError(f"FLEXNORM_PAGES is one of {', '.join(PAGES)}, not {known!r}")
+    module.set_pages(PAGES.index(known))
 
 
 def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:

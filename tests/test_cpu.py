@@ -22,6 +22,7 @@ import flexnorm
 from flexnorm import Partition, normalize
 from flexnorm.calls.arguments import Formula, Options
 from flexnorm.kernels import Operands, aten, choose, cpu
+from flexnorm.library import PAGES
 from flexnorm.spec import Spec
 from flexnorm.statistics import Moments
 
@@ -42,16 +43,18 @@ def test_there_is_a_library():
 
 
 @contextlib.contextmanager
-def engine(width=None, threads=1):
-    """Kernels of this vector width, on so many threads."""
+def engine(width=None, threads=1, pages="ask"):
+    """Kernels of this vector width, on so many threads, to which the pages of a large result are so."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     LIBRARY.set_width(WIDEST if width is None else width)
+    LIBRARY.set_pages(PAGES.index(pages))
     try:
         yield
     finally:
         torch.set_num_threads(before)
         LIBRARY.set_width(WIDEST)
+        LIBRARY.set_pages(0)
 
 
 def widths():
@@ -529,7 +532,7 @@ def test_large_results_are_those_of_their_parts(pattern, shape, kwargs, dtype):
 
     assert x.nbytes > 1 << 24
     for width in widths():
-        with engine(width, 2):
+        with engine(width, 2, pages="resident"):
             whole = both(slice(None))
             step = max(1, len(x) * (1 << 23) // x.nbytes)
             parts = [both(slice(i, i + step)) for i in range(0, len(x), step)]
@@ -1180,8 +1183,8 @@ def test_a_library_of_another_version(copy):
     """Its entries take other arguments."""
     source = copy / "flexnorm/library.py"
     text = source.read_text()
-    assert text.count("INTERFACE = 4") == 1
-    source.write_text(text.replace("INTERFACE = 4", "INTERFACE = 0"))
+    assert text.count("INTERFACE = 5") == 1
+    source.write_text(text.replace("INTERFACE = 5", "INTERFACE = 0"))
     room, reason = python(RUNS, where=copy).splitlines()
     assert room.startswith("aten the C++ kernels are those of another version")
     assert "another version" in reason
@@ -1213,3 +1216,29 @@ def test_parameters_by_runs(pattern, shape, kept, dtype):
                     results(cpu, problem(pattern, x, mask=m, sizes=sizes, **params, **options)) for m in (None, whole)
                 )
             assert_same(alone, masked, "a mask that leaves nothing out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pages_of_a_large_result_change_no_bit(layout, dtype):
+    """Fresh pages are written by ordinary stores, resident ones past the caches."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(3, 48, 180, 181 if dtype == torch.float32 else 362, generator=g).to(dtype, memory_format=layout)
+    params = {"weight": torch.randn(48, generator=g), "bias": torch.randn(48, generator=g), "affine": "(g c)"}
+    p = problem("n (g c) h w -> n g", x, sizes={"g": 4, "c": 12}, activation="silu", **params)
+    assert x.numel() * x.element_size() > cpu.PAST
+    found = {}
+    for known in PAGES:
+        with engine(threads=2, pages=known):
+            found[known] = results(cpu, p)
+    assert_same(found["ask"], found["fresh"], "fresh pages")
+    assert_same(found["ask"], found["resident"], "resident pages")
+
+
+def test_pages_that_nobody_knows():
+    code = "import flexnorm"
+    for known, fails in (("fresh", False), ("resident", False), ("new", True)):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "FLEXNORM_PAGES": known}, capture_output=True, text=True
+        )
+        assert ("FLEXNORM_PAGES is one of ask, fresh, resident, not 'new'" in done.stderr) == fails, done.stderr

@@ -20,6 +20,7 @@ from ...statistics import Moments, each
 from ..interface import Gradients, Kept, Operands, Recipe, Sums, stat_dtype
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+PAST = 1 << 24  # bytes of a large result, as in pages.h
 MOST_DIMS = 12  # axes of one kind, and one for those that labels consume
 
 
@@ -60,7 +61,10 @@ def shown(recipe: Recipe, x: Tensor) -> tuple[str, bool]:
     outer, inner, members = (math.prod(dim[0] for dim in form[kind]) for kind in ("outer", "inner", "segment"))
     in_all = " in all" if form["segment"] else ""
     ranges = outer * (form["groups"] if form["segment"] else 1)
-    return f"{ranges} closed ranges of {inner * members} rows{in_all} x {form['columns']} columns", form["copied"] == 1
+    said = f"{ranges} closed ranges of {inner * members} rows{in_all} x {form['columns']} columns"
+    if x.numel() * x.element_size() > PAST:
+        said += "; the result is written past the caches if its pages are resident, else into huge pages"
+    return said, form["copied"] == 1
 
 
 def _done(answer: Any) -> Any:

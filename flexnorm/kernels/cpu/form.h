@@ -61,6 +61,7 @@ struct Form {
 
 struct Call {
     int64_t what, threads;
+    int64_t past;       // the result is so large that it is written past the caches (pages.h)
     const void* x;
     const void* dy;     // null: zeros
     void* y;            // or dx

@@ -22,7 +22,6 @@ namespace ARCH {
 
 constexpr int64_t LARGE = 1 << 18;   // elements of a range that is shared: 1 MiB of float32, the second cache of a core
 constexpr int64_t GRAIN = 1 << 15;   // elements that pay for waking a thread (5 us)
-constexpr int64_t STREAM = 1 << 24;  // bytes of a result that is written past the caches
 constexpr double FAR = 17;           // times that M2 may have been added, before the shift was too far away: 4 sigma
 constexpr int64_t MOST_ROWS = 64;    // whose parameter gradients are added in float32
 constexpr int64_t SLOTS = 32;        // places that parameter gradients are summed in, each by one thread
@@ -226,7 +225,7 @@ class Kernel {
         : f(form), c(call), walk(form), x(static_cast<const S*>(call.x)), dy(static_cast<const S*>(call.dy)),
           y(static_cast<S*>(call.y)), weight(static_cast<const T*>(call.weight)),
           bias(static_cast<const T*>(call.bias)), bytes(static_cast<const uint8_t*>(call.mask)),
-          weights(static_cast<const T*>(call.mask)), streams(form.numel * int64_t(sizeof(S)) > STREAM && (form.columns >= TILE || form.columns % 16 == 0)),
+          weights(static_cast<const T*>(call.mask)), streams(call.past && (form.columns >= TILE || form.columns % 16 == 0)),
           leaves_dz(Same::value && form.activation && call.what == BACKWARD), broken(form.sets.kind == TABLE && !form.sets.even),
           one_param(form.shared), masked_along(form.mask.kind != ONE),
           members(form.mask_kind == MEMBERSHIP && !masked_along ? bytes : nullptr),
@@ -1738,7 +1737,7 @@ class Kernel {
     Array<int64_t> lane_rows;
     int64_t n_slots = 1;
     bool lane_sums_of_params = false;
-    const bool streams;  // the result is so large that no cache would keep it, and its rows are mostly whole lines
+    const bool streams;  // the result is written past the caches, and its rows are mostly whole lines
     bool leaves_dz;      // in memory that a cache holds
     const bool broken;   // runs begin anywhere in a line
     const bool one_param;     // all rows of a range have the same parameters

@@ -8,11 +8,13 @@
 
 #include "entry.h"
 #include "mix.h"
+#include "pages.h"
 #include "tensors.h"
 
 namespace {
 
 constexpr int64_t GRAIN = 1 << 15;  // elements below which a kernel takes one thread, as in kernel.cpp
+Pages pages = ASK;                  // what is known of large results
 
 const Pattern* pattern_of(PyObject* o) { return reinterpret_cast<const Pattern*>(PyBytes_AsString(o)); }
 
@@ -183,6 +185,7 @@ Ready prepare(PyObject* const* a, Prepared& q, bool result, bool params = true) 
     if (!b.sizes() || !b.form(q.f, a[2] != Py_None)) return NO;
     q.sets_dims = b.shape(OF_SETS, q.sets_shape);
     c.x = x.data, c.y = result ? q.at_y : nullptr;
+    if (result) c.past = writes_past(q.at_y, q.f.numel * (x.type == F64 ? 8 : x.type == F32 ? 4 : 2), pages);
     if (b.copied) {
         q.x = PyObject_CallFunctionObjArgs(torch.copy, a[1], nullptr);
         if (!q.x) return RAISED;
@@ -1180,11 +1183,17 @@ PyObject* set_width(PyObject*, PyObject* const* a, Py_ssize_t n) {
     Py_RETURN_NONE;
 }
 
+// set_pages(0: large results are asked for their pages; 1: they are taken as fresh; 2: as resident)
+PyObject* set_pages(PyObject*, PyObject* const* a, Py_ssize_t n) {
+    if (n == 1) pages = Pages(PyLong_AsLong(a[0]));
+    Py_RETURN_NONE;
+}
+
 #define FUNCTION(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(name)), METH_FASTCALL, nullptr}
 PyMethodDef functions[] = {FUNCTION(setup), FUNCTION(pattern), FUNCTION(evaluate), FUNCTION(forward), FUNCTION(statistics),
                            FUNCTION(apply), FUNCTION(backward), FUNCTION(backward_sums), FUNCTION(backward_dx),
                            FUNCTION(groups), FUNCTION(counts), FUNCTION(track), FUNCTION(mix), FUNCTION(mix_backward),
-                           FUNCTION(gradients_of_moments), FUNCTION(sums_of_changed), FUNCTION(about), FUNCTION(share_backward), FUNCTION(totals), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width),
+                           FUNCTION(gradients_of_moments), FUNCTION(sums_of_changed), FUNCTION(about), FUNCTION(share_backward), FUNCTION(totals), FUNCTION(bind), FUNCTION(sizes), FUNCTION(width), FUNCTION(set_width), FUNCTION(set_pages),
                            {nullptr, nullptr, 0, nullptr}};
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functions, nullptr, nullptr, nullptr, nullptr};
 
@@ -1192,6 +1201,6 @@ PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", nullptr, -1, functi
 
 PyMODINIT_FUNC PyInit__kernels() {
     PyObject* module = PyModule_Create(&definition);
-    if (module) PyModule_AddIntConstant(module, "INTERFACE", 4);  // one more where an entry takes other arguments
+    if (module) PyModule_AddIntConstant(module, "INTERFACE", 5);  // one more where an entry takes other arguments
     return module;
 }
