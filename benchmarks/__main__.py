@@ -98,13 +98,14 @@ def parts(name: str, device: str = "cpu", only: str = "") -> list[Part]:
         return [Part("plain", against_torch), Part("uncompiled", bare)]
     usual = [item for case in chosen if case.short for item in sized(case, ["usual"])]
     large = [item for case in chosen if case.short for item in sized(case, ["large"])]
+    rest = [item for case in others if not case.short for item in sized(case)]
     return [
         Part("plain", against_torch),
         Part("uncompiled", bare),
         Part("kept", large, processes=1),
         Part("one thread", usual, processes=1),
         Part("plain", [item for case in others if case.short for item in sized(case)]),
-        Part("plain", [item for case in others if not case.short for item in sized(case)], processes=2),
+        *(Part("plain", rest[first : first + 15], processes=2) for first in range(0, len(rest), 15)),
     ]
 
 

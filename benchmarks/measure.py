@@ -138,7 +138,7 @@ def orders(names: Iterable[str]) -> Iterator[list[str]]:
 
 
 ROUNDS = 10
-"""The least number of rounds."""
+"""The least number of rounds of a row, over all its processes."""
 
 
 def interleaved(runs: Mapping[str, Sequence[Run]], steps: int, seconds: float = math.inf) -> dict[str, list[Sample]]:

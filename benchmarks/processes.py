@@ -6,6 +6,7 @@ What a process freed before decides whether its heap keeps memory or gives it ba
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 from . import gate, report
 from .case import SIZES, Case, size_of
-from .measure import Sample, bootstrap, median, paired
+from .measure import ROUNDS, Sample, bootstrap, median, paired
 from .rows import MODES, Line, Settings, request
 
 KEEP = (
@@ -77,7 +78,8 @@ def measure(parts: Sequence[Part], settings: Settings, deadline: float, missing:
                 looked[bare, line["case"], line["limit"]] = line
                 missing += line["missing"]
         found = [looked[key] for key in keys if key in looked]
-        here = replace(settings, threads=condition.threads, kept=condition.kept)
+        least = math.ceil(ROUNDS / part.processes)
+        here = replace(settings, threads=condition.threads, kept=condition.kept, rounds=least)
         timings: list[Line] = []
         for number in range(part.processes):
             items = [(line["case"], line["scale"], line["near"]) for line in found]
@@ -118,7 +120,7 @@ def _lines(
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.rows", request(task, settings, items)],
-                env={**os.environ, **environment},
+                env={**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR", **environment},
                 cwd=report.ROOT,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -127,7 +127,8 @@ def setting(results: Results) -> str:
     m, v, s = results["machine"], results["versions"], results["settings"]
     threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''} of " if s["device"] == "cpu" else ""
     libc = f", {m['allocator']}" if m.get("allocator") else ""
-    return f"{threads}{m['processor']} ({m['cache_mib']:g} MiB cache){libc}, torch {v['torch']}, float32"
+    quick = ", a quick run" if s.get("name") == "quick" else ""
+    return f"{threads}{m['processor']} ({m['cache_mib']:g} MiB cache){libc}, torch {v['torch']}, float32{quick}"
 
 
 TABLES = {
@@ -138,19 +139,18 @@ TABLES = {
 
 def short_table(results: Results) -> str:
     """For the README: rows of a plain process, those that stand for the others."""
-    lines = []
+    tables = []
     for table, (said, other) in TABLES.items():
-        lines += [
+        cases: dict[tuple[str, int], dict[str, Any]] = {}
+        for row in results["rows"]:
+            if row["condition"] == "plain" and row["table"] == table and row["short"] and row["size"] != "tiny":
+                cases.setdefault((row["case"], row["bytes"]), {})[row["mode"]] = row
+        lines = [
             f"{said} (a plain process, {setting(results)}):",
             "",
             f"| case | size | forward | forward + backward | {other} | saved / input |",
             "|---|---|---|---|---|---|",
         ]
-        rows = [r for r in results["rows"] if r["condition"] == "plain" and r["table"] == table and r["short"]]
-        cases: dict[tuple[str, int], dict[str, Any]] = {}
-        for row in rows:
-            if row["size"] != "tiny":
-                cases.setdefault((row["case"], row["bytes"]), {})[row["mode"]] = row
         for (name, nbytes), modes in cases.items():
             if len(modes) == 2:
                 forward, both = modes["forward"], modes["forward+backward"]
@@ -158,8 +158,8 @@ def short_table(results: Results) -> str:
                     f"| {name} | {memory(nbytes)} | {_times(forward)} | {_times(both)} | {_best(both)} "
                     f"| {both['saved']:.2f} |"
                 )
-        lines.append("")
-    return "\n".join(lines[:-1])
+        tables += ["\n".join(lines)] if cases else []
+    return "\n\n".join(tables)
 
 
 def long_table(results: Results) -> str:

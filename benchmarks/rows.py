@@ -46,7 +46,7 @@ class Settings:
     kept: bool = False
     compile: bool = True
     peak: bool = True
-    rounds: int = 4
+    rounds: int = 10
     seconds: float = 0.2
     gated: int = 2**24
 
