@@ -138,6 +138,8 @@ def measure(args: argparse.Namespace, path: Path) -> int:
         "missing": ["torch.compile (left out by --quick)"] if quick else [],
     }
     print(report.setting(results))
+    if results["machine"]["load"] > 0.5:
+        print(f"the machine is busy (load {results['machine']['load']:.1f}): these times are those of others, too")
     for row in processes.measure(wanted, settings, began + SECONDS[args.name], results["missing"]):
         results["rows"].append(row)
         print(report.line(row), flush=True)

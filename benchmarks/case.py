@@ -49,8 +49,8 @@ class Case:
     part of the data stands for all of it where errors are concerned. `kind` is "native" where torch has a fused op,
     "expression" where it has none, "pyg" for the classes of PyTorch Geometric.
 
-    `table` is "torch" or "peers". A case of "torch" has one size, its own, and one peer, the first: torch's operation
-    as it is, or a formula compiled. A case of "peers" has all `SIZES`, and the fastest of its peers counts. A `short`
+    `table` is "torch" or "peers". A case of "torch" has one size, its own, and one peer, the first: torch's operation,
+    or a formula that may be compiled. A case of "peers" has all `SIZES`, and the fastest of its peers counts. A `short`
     case stands for the others: in the README, in `--quick`, and in conditions other than the plain process.
     """
 

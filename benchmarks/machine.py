@@ -67,11 +67,15 @@ def huge_pages() -> str | None:
     return path.read_text().split("[")[1].split("]")[0] if path.exists() else None
 
 
+def memory_gib() -> int:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30)
+
+
 def described(device: str) -> dict[str, Any]:
     return {
         "processor": _processor() if device == "cpu" else torch.cuda.get_device_name(device),
         "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
+        "memory_gib": memory_gib(),
         "cache_mib": round(cache_bytes(device) / 2**20, 1),
         "caches": caches(),
         "page_kib": os.sysconf("SC_PAGE_SIZE") // 1024,

@@ -132,7 +132,10 @@ def setting(results: Results) -> str:
 
 
 TABLES = {
-    "torch": ("Speed over torch's operation, or over a compiled formula where torch has none", "the other side"),
+    "torch": (
+        "Speed over torch's operation, or over a formula (compiled if that is faster) where torch has none",
+        "the other side",
+    ),
     "peers": ("Times as fast as the best peer", "best peer, forward + backward"),
 }
 

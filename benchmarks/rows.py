@@ -70,7 +70,7 @@ def look(case: Case, limit: int | None, settings: Settings) -> Line:
     for fast in map(compiled, wanted):
         why = ready(fast, data)
         if why is None:
-            peers = [fast] if case.table == "torch" else [*peers, fast]
+            peers.append(fast)
         else:
             missing.append(f"{case.name}, {nbytes / 2**20:.2g} MiB, {fast.name}: {why}")
     share = min(1.0, settings.gated / data.x.numel()) if case.sets_survive else 1.0
@@ -172,7 +172,7 @@ def main(asked: Line) -> None:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     if settings.kept:
-        warm(4 << 30)
+        warm(min(4, machine.memory_gib() // 3) << 30)
     for name, *rest in asked["items"]:
         case = by_name[name]
         for line in [look(case, *rest, settings)] if asked["task"] == "look" else timed(case, *rest, settings):

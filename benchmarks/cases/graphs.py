@@ -41,8 +41,7 @@ def _molecules(scale: float, generator: torch.Generator) -> Data:
 
 def _power_law(shuffled: bool) -> Callable[..., Data]:
     def make(scale: float, generator: torch.Generator) -> Data:
-        # 300k nodes: x alone is more than four times a cache of 36 MiB
-        total = max(16, round(300_000 * scale))
+        total = max(16, round(150_000 * scale))
         sizes = fill(total, lambda: min(20_000, 4 * (1 - torch.rand((), generator=generator).item()) ** (-1 / 1.2)))
         return by_sizes(sizes, 128, generator, shuffled=shuffled)
 
@@ -101,7 +100,7 @@ CASES = [
         table="torch",
     ),
     Case(
-        "power-law graphs, sorted 300000x128",
+        "power-law graphs, sorted 150000x128",
         "expression",
         _power_law(shuffled=False),
         _ours,
@@ -109,7 +108,7 @@ CASES = [
         _reference,
     ),
     Case(
-        "power-law graphs, unsorted 300000x128",
+        "power-law graphs, unsorted 150000x128",
         "expression",
         _power_law(shuffled=True),
         _ours,
