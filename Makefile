@@ -7,7 +7,7 @@ JOBS ?= 2
 export FLEXNORM_BUILD ?= $(if $(shell command -v g++ || command -v c++),required,optional)
 KERNELS := setup.py $(wildcard flexnorm/kernels/cpu/*.cpp flexnorm/kernels/cpu/*.h)
 
-.PHONY: env demo test test-long test-fast asan wheel bench bench-quick bench-calls claims docs docs-check lint format clean
+.PHONY: env demo test test-long test-fast asan wheel bench bench-plain bench-quick bench-calls claims docs docs-check lint format clean
 
 env: .venv/ready .venv/built
 
@@ -47,6 +47,10 @@ wheel: env
 # Prints a table, writes benchmarks/results/*.json and draws docs/speed.svg: see docs/speed.md.
 bench: env
 	$(BIN)/python -m benchmarks
+
+# A plain process against torch's operations.
+bench-plain: env
+	$(BIN)/python -m benchmarks --plain
 
 bench-quick: env
 	$(BIN)/python -m benchmarks --quick

@@ -3,44 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from . import chart, machine, overhead, peak, report, rows
-from .case import Case
-from .memory import TUNABLES, clone_over_copy, give_back, keep_freed_memory, warm
+from . import chart, machine, processes, report, rows
+from .cases import CASES
+from .processes import Part, sized
 
 CHART = report.ROOT / "docs" / "speed.svg"
-PAGES = {report.ROOT / "README.md": report.short_table, report.ROOT / "docs" / "speed.md": report.long_table}
-PAGES_OF_CALLS = {
-    report.ROOT / "README.md": partial(report.calls_table, short=True),
-    report.ROOT / "docs" / "speed.md": report.calls_table,
-}
+README, DOCS = report.ROOT / "README.md", report.ROOT / "docs" / "speed.md"
+PAGES = {README: report.short_table, DOCS: report.long_table}
+PAGES_OF_CALLS = {README: partial(report.calls_table, short=True), DOCS: report.calls_table}
+
+SECONDS = {"all": 27 * 60, "plain": 5 * 60, "quick": 170}
+"""The time that a command may take. After it no process begins, and the results name what is missing."""
+
+UNCOMPILED = (
+    "group norm 8x64x28x28",
+    "group norm 24x224x56x56",
+    "layer norm 6x100x384",
+    "layer norm 24x512x1024",
+    "batch norm, running statistics 3000x64",
+)
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="How fast flexnorm is.")
-    parser.add_argument("--quick", action="store_true", help="a part of the cases, 5 rounds, without torch.compile")
+    parser.add_argument("--plain", action="store_true", help="a plain process against torch's operations, nothing else")
+    parser.add_argument("--quick", action="store_true", help="a part of the cases, one process each, no torch.compile")
     parser.add_argument("--calls", action="store_true", help="what a call costs, instead of the cases; one thread")
-    parser.add_argument("--threads", default="all", help="1, 2, ... or all (default)")
     parser.add_argument("--only", metavar="TEXT", help="cases whose name contains it")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--results", type=Path, help="the JSON to write, or to read with --draw and --table")
     parser.add_argument("--draw", action="store_true", help=f"draw {CHART.name} from the JSON, measure nothing")
     parser.add_argument("--table", action="store_true", help="write the tables of the JSON into README and docs")
-    parser.add_argument("--chart", type=Path, default=CHART, help="where to draw (svg or png)")
-    parser.add_argument("--seconds", type=int, help="the time it may take; 140 if quick, else 1620")
-    parser.add_argument("--resume", action="store_true", help="go on where a run of these settings ended")
     parser.add_argument("--list", action="store_true", help="names of the cases")
     args = parser.parse_args(given)
-    if args.threads != "all" and not (args.threads.isdigit() and int(args.threads) > 0):
-        parser.error(f"--threads is a number or all, not {args.threads!r}")
+    args.name = "plain" if args.plain else "quick" if args.quick else "all"
     return args
 
 
@@ -49,26 +53,21 @@ def main() -> int:
     if args.calls:
         return _calls(args)
     if args.list:
-        from .cases import CASES
-
         for case in CASES:
-            print(f"{case.name:<60} {case.kind:<11}{'quick' if case.quick else ''}".rstrip())
-        print(overhead.NAME)
+            print(f"{case.name:<56} {case.table:<7}{'short' if case.short else ''}".rstrip())
         return 0
-    threads = torch.get_num_threads() if args.threads == "all" else int(args.threads)
-    path = args.results or report.path_of(args.device, threads, quick=args.quick, partial=args.only is not None)
+    path = args.results or report.path_of(args.device, args.name, partial=args.only is not None)
     if args.draw or args.table:
         results = report.read(path)
         if args.table:
             for page, table in PAGES.items():
                 report.include(page, table(results))
         if args.draw:
-            chart.draw(results, args.chart)
+            chart.draw(results, CHART)
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU")
-    keep_freed_memory()
-    return measure(args, threads, path)
+    return measure(args, path)
 
 
 def _calls(args: argparse.Namespace) -> int:
@@ -82,103 +81,77 @@ def _calls(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(args: argparse.Namespace, threads: int, path: Path) -> int:
-    from .cases import CASES
+def parts(name: str, device: str = "cpu", only: str = "") -> list[Part]:
+    """What a command measures, the most important first. On a GPU there is one condition, and one process is enough."""
+    chosen = [case for case in CASES if only.lower() in case.name.lower()]
+    torchs = [case for case in chosen if case.table == "torch"]
+    others = [case for case in chosen if case.table == "peers"]
+    against_torch = [item for case in torchs for item in sized(case)]
+    bare = [item for case in torchs if case.name in UNCOMPILED for item in sized(case)]
+    if device != "cpu":
+        against_peers = [item for case in others for item in sized(case)]
+        return [Part("plain", [*against_torch, *against_peers], processes=1)]
+    if name == "quick":
+        short = [item for case in chosen if case.short for item in sized(case, ["usual"])]
+        return [Part("plain", short, processes=1)]
+    if name == "plain":
+        return [Part("plain", against_torch), Part("uncompiled", bare)]
+    usual = [item for case in chosen if case.short for item in sized(case, ["usual"])]
+    large = [item for case in chosen if case.short for item in sized(case, ["large"])]
+    rest = [item for case in others if not case.short for item in sized(case)]
+    return [
+        Part("plain", against_torch),
+        Part("uncompiled", bare),
+        Part("kept", large, processes=1),
+        Part("one thread", usual, processes=1),
+        Part("plain", [item for case in others if case.short for item in sized(case)]),
+        *(Part("plain", rest[first : first + 15], processes=2) for first in range(0, len(rest), 15)),
+    ]
 
-    began = time.monotonic()
-    torch.set_num_threads(threads)
-    if args.device == "cpu":
-        memory = machine.described("cpu")["memory_gib"]
-        warm(min(4 if args.quick else 8, memory // 3) << 30)
-    cache = machine.cache_bytes(args.device)
-    deadline = began + (args.seconds or (140 if args.quick else 27 * 60))
-    cases_until = deadline if args.quick else deadline - 120  # the rest is for peak memory
-    settings = rows.Settings(args.device, threads, args.quick, cache, cases_until)
-    steady = clone_over_copy(cache) if args.device == "cpu" else None
+
+def measure(args: argparse.Namespace, path: Path) -> int:
+    began, quick = time.monotonic(), args.name == "quick"
+    machine.plain()
+    settings = rows.Settings(args.device)
+    if args.name != "all":
+        settings = replace(settings, compile=not quick, peak=False, gated=2**22)
+    wanted = parts(args.name, args.device, args.only or "")
+    if not any(part.items for part in wanted):
+        raise SystemExit(f"no case contains {args.only!r}: --list shows them")
     results: report.Results = {
         "machine": machine.described(args.device),
         "versions": machine.versions(),
         "settings": {
             "device": args.device,
-            "threads": threads,
-            "quick": args.quick,
-            "rounds": settings.rounds,
-            "compile": not args.quick,
-            "glibc_tunables": TUNABLES if args.device == "cpu" and sys.platform == "linux" else None,
-            "clone_over_copy": steady,
+            "name": args.name,
+            "threads": torch.get_num_threads(),
+            "conditions": {
+                part.condition: {
+                    "said": processes.CONDITIONS[part.condition].said,
+                    "environment": processes.CONDITIONS[part.condition].environment,
+                    "threads": processes.CONDITIONS[part.condition].threads or torch.get_num_threads(),
+                }
+                for part in wanted
+            },
         },
         "rows": [],
-        "overhead": [],
-        "peak": {},
-        "missing": [],
+        "missing": ["torch.compile (left out by --quick)"] if quick else [],
     }
-    print(report.setting(results) + ("" if steady is None else f"; clone takes {steady:.2f} of copy_"))
-    chosen = [c for c in CASES if (c.quick or not args.quick) and (args.only or "").lower() in c.name.lower()]
-    if args.quick:  # what nobody else has comes first, should time run out
-        chosen.sort(key=lambda c: ["expression", "pyg", "native"].index(c.kind))
-    overheads = (args.only or "").lower() in overhead.NAME
-    if args.resume:
-        before = report.read(path)
-        results["rows"], results["overhead"] = before["rows"], before["overhead"]
-        results["missing"] += before["missing"]
-        known = {row["case"] for row in before["rows"]}
-        chosen, overheads = [c for c in chosen if c.name not in known], False
-    if not chosen and not overheads and not args.resume:
-        raise SystemExit(f"no case contains {args.only!r}: --list shows them" + (" (with --quick)" * args.quick))
-    if overheads:
-        results["overhead"] = overhead.measure(args.device, settings.rounds)
-        print(*map(report.overhead_line, results["overhead"]), sep="\n")
-    _cases(chosen, settings, results, path)
-    if args.quick:
-        results["missing"].append("torch.compile and peak memory (left out by --quick)")
-    else:
-        wanted = _of_peak(results)
-        results["peak"], wrong = peak.measured(args.device, threads, wanted, max(1.0, deadline - time.monotonic()))
-        results["missing"] += [wrong] if wrong else []
-        results["missing"].append("torch.compile in cache (left out)")
+    print(report.setting(results))
+    if results["machine"]["load"] > 0.5:
+        print(f"the machine is busy (load {results['machine']['load']:.1f}): these times are those of others, too")
+    for row in processes.measure(wanted, settings, began + SECONDS[args.name], results["missing"]):
+        results["rows"].append(row)
+        print(report.line(row), flush=True)
+        report.write(path, results)  # what is known, should it end early
     results["settings"]["seconds"] = time.monotonic() - began
-    return _finish(args, results, path)
-
-
-def _cases(chosen: list[Case], settings: rows.Settings, results: report.Results, path: Path) -> None:
-    for case in chosen:
-        for resident in (False, True):
-            if time.monotonic() > settings.until:
-                results["missing"].append(f"{case.name}{' (in cache)' * resident} (time is up)")
-                continue
-            for row in rows.measure(case, settings, resident=resident, note=results["missing"]):
-                results["rows"].append(row)
-                print(report.line(row), flush=True)
-            gc.collect()
-        torch._dynamo.reset()
-        give_back()
-        report.write(path, results)  # what is known, should a later case end the process
-
-
-def _of_peak(results: report.Results) -> list[list[str]]:
-    """Ours and the best peer of every case."""
-    wanted = []
-    for row in results["rows"]:
-        if row["mode"] == "forward+backward" and not row["resident"]:
-            wanted += [[row["case"], "flexnorm"], [row["case"], row["best"]]]
-    return wanted
-
-
-def _finish(args: argparse.Namespace, results: report.Results, path: Path) -> int:
     status = report.finish(results, path)
-    for name, value in results["peak"].items():
-        if value is not None:
-            print(f"  peak {value:6.2f} times x  {name}")
-    if results["rows"] and not args.quick and not args.only:
-        _drawn(results, args.chart)
+    if args.name == "all" and not args.only:
+        try:
+            chart.draw(results, CHART)
+        except ImportError:
+            print("no chart: it needs matplotlib (the extra viz)")
     return status
-
-
-def _drawn(results: dict[str, Any], path: Path) -> None:
-    try:
-        chart.draw(results, path)
-    except ImportError:
-        print("no chart: it needs matplotlib (the extra viz)")
 
 
 if __name__ == "__main__":

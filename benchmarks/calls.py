@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,17 +29,11 @@ from .cases import CASES
 from .cases.graphs import CLASSES, by_sizes, class_case
 from .cases.sequences import lengths
 from .cases.spectrograms import MEL
-from .measure import bootstrap, interleaved, paired, step
+from .measure import Sample, bootstrap, copier, interleaved, median, paired, step
 
 PATH = report.RESULTS / "calls.json"
-SETTLED = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-"""Environment variables that change the allocator or the threads. Names that begin with MALLOC_ do so too."""
-
 CHANNELS, GROUPS = 48, 8
 ONE_SHAPE = "flexnorm, one shape"
-
-COMPILING = 2 * compiled.LIMIT
-"""Seconds. The first compilation in a process asks the C++ compiler what the processor can do."""
 
 SHOWN = [
     ("ChannelGroupNorm 2x32x8x8", "forward+backward"),
@@ -80,10 +73,16 @@ Errors = dict[str, dict[str, Any]]
 
 def _timed(
     sides: Mapping[str, tuple[Contender, Buffers]], mode: str, warm: int, steps: int = 4, seconds: float = math.inf
-) -> dict[str, list[float]]:
-    """Seconds per call of every side in every round of so many steps. The first buffers of a side warm it up."""
+) -> dict[str, list[Sample]]:
+    """Samples of every side in every round of so many steps. The first buffers of a side warm it up.
+
+    The side "copy" copies tensors of the same shapes, which are its own.
+    """
     with torch.set_grad_enabled(mode != "forward"):
         runs = {name: [step(contender, data, mode) for data in buffers] for name, (contender, buffers) in sides.items()}
+        buffers = sides["flexnorm"][1]
+        copies = {id(data): copier([Data(x=data.x.detach().clone())]) for data in buffers}
+        runs["copy"] = [copies[id(data)] for data in buffers]
         for calls in runs.values():
             for call in calls[:warm]:
                 call()
@@ -91,21 +90,24 @@ def _timed(
 
 
 def _row(
-    case: str, mode: str, times: Mapping[str, list[float]], peers: Sequence[str], target: Target, errors: Errors
+    case: str, mode: str, times: Mapping[str, list[Sample]], peers: Sequence[str], target: Target, errors: Errors
 ) -> dict[str, Any]:
     """flexnorm's time over the time of the fastest peer. The side "control" repeats the calls of another side."""
-    us = {name: 1e6 * bootstrap(values).median for name, values in times.items()}
+    us = {name: 1e6 * median(s.seconds for s in samples) for name, samples in times.items()}
+    faults = {name: median(s.faults for s in samples) for name, samples in times.items()}
     best = min(peers, key=us.__getitem__)
     wrong = {name: gate.worst(found, mode) for name, found in errors.items()}
     return {
         "case": case,
         "mode": mode,
-        "resident": False,
         "microseconds": us["flexnorm"],
         "best": best,
         "best_microseconds": us[best],
-        "cost": asdict(paired(times["flexnorm"], times[best])),
-        "control": asdict(paired(times["control"], times[ONE_SHAPE if ONE_SHAPE in times else best])),
+        "faults": faults["flexnorm"],
+        "best_faults": faults[best],
+        "copy_microseconds": us["copy"],
+        "cost": asdict(bootstrap(paired(times["flexnorm"], times[best]))),
+        "control": asdict(bootstrap(paired(times["control"], times[ONE_SHAPE if ONE_SHAPE in times else best]))),
         "must": target.must,
         "reach": target.reach,
         "error": wrong["flexnorm"],
@@ -306,7 +308,7 @@ def _stream_rows(stream: Stream, settings: Settings, note: list[str]) -> Iterato
     peers = list(case.peers)
     for peer in [peer for peer in peers if peer.formula and settings.compile]:
         fast = compiled.compiled(peer, dynamic=True)
-        why = compiled.ready(fast, *fresh[: settings.warm], limit=COMPILING, modes=["forward"])
+        why = compiled.ready(fast, *fresh[: settings.warm], modes=["forward"])
         if why is None:
             peers.append(fast)
         else:
@@ -405,15 +407,13 @@ def shown(row: dict[str, Any]) -> bool:
 
 def measure(path: Path, *, quick: bool = False) -> int:
     """Prints and writes the rows. 1 if a result of flexnorm is wrong."""
-    found = [name for name in os.environ if name in SETTLED or name.startswith("MALLOC_")]
-    if found:
-        raise SystemExit(f"--calls measures a plain process: unset {', '.join(found)}")
+    machine.plain()
     began = time.monotonic()
     torch.set_num_threads(1)
     results: report.Results = {
         "machine": machine.described("cpu"),
         "versions": machine.versions(),
-        "settings": {"device": "cpu", "threads": 1, "quick": quick, "date": datetime.date.today().isoformat()},
+        "settings": {"device": "cpu", "threads": 1, "date": datetime.date.today().isoformat()},
         "rows": [],
         "missing": [],
     }

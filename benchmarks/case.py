@@ -48,6 +48,10 @@ class Case:
     `sets_survive` says that a smaller scale leaves out whole sets and keeps the others as large as they are, so that a
     part of the data stands for all of it where errors are concerned. `kind` is "native" where torch has a fused op,
     "expression" where it has none, "pyg" for the classes of PyTorch Geometric.
+
+    `table` is "torch" or "peers". A case of "torch" has one size, its own, and one peer, the first: torch's operation,
+    or a formula that may be compiled. A case of "peers" has all `SIZES`, and the fastest of its peers counts. A `short`
+    case stands for the others: in the README, in `--quick`, and in conditions other than the plain process.
     """
 
     name: str
@@ -58,7 +62,8 @@ class Case:
     reference: Callable[[Data], tuple[Tensor, Tensor]]
     activation: Callable[[Tensor], Tensor] | None = None
     sets_survive: bool = True
-    quick: bool = False
+    table: str = "peers"
+    short: bool = False
     module: str | None = None
     fused: str | None = None  # the name under which GPU libraries have it
 
@@ -76,6 +81,14 @@ class Case:
         if isinstance(data.bias, int):
             data.bias = torch.empty(data.bias).normal_(0.0, 0.2, generator=generator).requires_grad_()
         return moved(data, device)
+
+
+SIZES = {"tiny": 16 << 10, "usual": 2 << 20, "large": 128 << 20}
+"""Bytes of x at most. A usual batch fits caches; the result of a large one is in fresh pages at every call."""
+
+
+def size_of(nbytes: int) -> str:
+    return "tiny" if nbytes <= 64 << 10 else "usual" if nbytes < 30 << 20 else "large"
 
 
 def moved(data: Data, device: str) -> Data:

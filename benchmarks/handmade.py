@@ -1,5 +1,5 @@
 """What a good programmer writes in torch where it has no op for the case: stable two-pass code, as few passes over x as
-torch allows. The folded variants (`x * a + b`) save one more pass, and digits with it: the gate shows how many."""
+torch allows."""
 
 from __future__ import annotations
 
@@ -20,12 +20,6 @@ def pooled(x: Tensor, dims: tuple[int, ...], weight: Tensor, bias: Tensor) -> Te
     return torch.addcmul(bias, x - mean, torch.rsqrt(var + EPS) * weight)
 
 
-def folded(x: Tensor, dims: tuple[int, ...], weight: Tensor, bias: Tensor) -> Tensor:
-    var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-    scale = torch.rsqrt(var + EPS) * weight
-    return torch.addcmul(bias - mean * scale, x, scale)
-
-
 def masked(x: Tensor, mask: Tensor, dims: tuple[int, ...], count: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Statistics over the valid elements of some axes, `count` of them; 0 elsewhere."""
     mean = torch.where(mask, x, 0.0).sum(dims, keepdim=True) / count
@@ -41,15 +35,13 @@ def merged(var: Tensor, mean: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
     return (var + (mean - whole).square()) @ share @ member, whole
 
 
-def parts(
-    x: Tensor, dims: tuple[int, ...], share: Tensor, weight: Tensor, bias: Tensor, *, fold: bool = False
-) -> Tensor:
+def parts(x: Tensor, dims: tuple[int, ...], share: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Moments of the parts of the sets, merged: x is read twice, and all between is small."""
     var, mean = merged(*torch.var_mean(x, dims, correction=0), share)
     for dim in sorted(dim % x.dim() for dim in dims):
         var, mean = var.unsqueeze(dim), mean.unsqueeze(dim)
     scale = torch.rsqrt(var + EPS) * weight
-    return torch.addcmul(bias - mean * scale, x, scale) if fold else torch.addcmul(bias, x - mean, scale)
+    return torch.addcmul(bias, x - mean, scale)
 
 
 def shares(sizes: list[int]) -> Tensor:
@@ -90,41 +82,11 @@ def scatter_reduce(d: Data) -> Tensor:
     return torch.addcmul(d.bias, centered, (torch.rsqrt(var + EPS) * d.weight)[d.ids])
 
 
-def segment_reduce(d: Data) -> Tensor:
-    """Of sorted ids only."""
-    mean = _narrow(torch.segment_reduce(d.x, "mean", lengths=d.sizes_of_sets.long(), axis=0), d.groups)
-    centered = d.x - mean[d.ids]
-    var = torch.segment_reduce(centered.square(), "mean", lengths=d.sizes_of_sets.long(), axis=0)
-    return torch.addcmul(d.bias, centered, (torch.rsqrt(_narrow(var, d.groups) + EPS) * d.weight)[d.ids])
-
-
-def sorted_first(d: Data) -> Tensor:
-    """Unsorted ids, sorted by an order made beforehand, and back."""
-    y = segment_reduce(Data(**{**vars(d), "x": d.x[d.order], "ids": d.sorted_ids}))
-    return y[d.back]
-
-
 def loop(d: Data) -> Tensor:
     """Of sorted ids only: one set after the other."""
-    if d.groups is None:
-        pieces = [pooled(piece, (0,), d.weight, d.bias) for piece in d.x.split(d.sizes)]
-        return torch.cat(pieces)
     weight, bias = d.weight.view(d.groups, -1), d.bias.view(d.groups, -1)
     pieces = [pooled(piece, (0, 2), weight, bias) for piece in d.x.view(d.x.shape[0], d.groups, -1).split(d.sizes)]
     return torch.cat(pieces).view_as(d.x)
-
-
-def padded(d: Data) -> Tensor:
-    """Every set in a row of its own, as long as the largest, then masked."""
-    channels = d.x.shape[1]
-    rows = d.x.new_zeros(d.count * d.longest, channels).index_copy(0, d.slots, d.x)
-    rows = rows.view(d.count, d.longest, channels)
-    count = d.sizes_of_sets.view(-1, 1, 1)
-    mean = rows.sum(1, keepdim=True) / count
-    centered = torch.where(d.filled, rows - mean, 0.0)
-    var = centered.square().sum(1, keepdim=True) / count
-    y = torch.addcmul(d.bias, centered, torch.rsqrt(var + EPS) * d.weight)
-    return y.view(-1, channels)[d.slots]
 
 
 def one_hot(d: Data) -> Tensor:

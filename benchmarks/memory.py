@@ -1,10 +1,9 @@
-"""Memory: what is saved for backward, the peak, and an allocator that does not disturb the clock."""
+"""Memory: what is saved for backward, the peak, and a heap that is large before the clock starts."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import sys
 from typing import Any
 
@@ -13,25 +12,12 @@ from torch import Tensor
 
 from .case import Contender, Data
 
-# Fresh memory costs a page fault for every 4 KiB, several times the time of a kernel that fills it, for every contender
-# alike. So freed memory stays in the process (no mmap, no trimming, one arena), in pages of 2 MiB where the system can.
-TUNABLES = (
-    "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
-)
-
-
-def keep_freed_memory() -> None:
-    """Starts this command again under these settings, which glibc reads once."""
-    if sys.platform == "linux" and os.environ.get("GLIBC_TUNABLES") != TUNABLES:
-        environment = {**os.environ, "GLIBC_TUNABLES": TUNABLES}
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], environment)
-
 
 def warm(size: int) -> None:
     """Takes memory once, touches it and gives it back to the process.
 
-    Without this, the heap grows for a long time: a freed tensor leaves a hole that is a few bytes too small for the
-    next of its size, once a small object lies behind it.
+    Without this, a heap that keeps freed memory grows for a long time: a freed tensor leaves a hole that is a few bytes
+    too small for the next of its size, once a small object lies behind it.
     """
     libc = _libc()
     if libc is None:
@@ -41,24 +27,6 @@ def warm(size: int) -> None:
         ctypes.memset(block, 0, size)
         libc.malloc(64)  # stays: a free block at the end of the heap would be handed out last
         libc.free(block)
-
-
-def give_back() -> None:
-    """Gives freed memory back to the system, between cases: of all that stays in the process holes grow."""
-    libc = _libc()
-    if libc is not None:
-        libc.malloc_trim(0)
-
-
-def clone_over_copy(elements: int) -> float:
-    """Time of `x.clone()` over that of `y.copy_(x)`: near 1 if memory stays in the process, 2 to 10 if not."""
-    from .measure import palindrome
-
-    x = torch.zeros(elements)
-    y = torch.empty_like(x)
-    x.clone()
-    times = palindrome({"clone": x.clone, "copy": lambda: y.copy_(x)}, {"clone": 1, "copy": 1}, 5, "cpu")
-    return sorted(times["clone"])[2] / sorted(times["copy"])[2]
 
 
 def saved_bytes(contender: Contender, data: Data) -> int:
@@ -83,7 +51,7 @@ def peak_bytes(contender: Contender, data: Data, device: str) -> int | None:
     """The most that forward and backward take beyond the inputs, or None where nobody can say.
 
     On CUDA torch's own count. On Linux the high-water mark of the resident memory, which sees what C++ code takes, too;
-    for that, free memory is given back to the system before (in a process of its own: see `peak`).
+    for that, free memory is given back to the system before, so nothing is timed in the same process.
     """
 
     def both() -> Any:

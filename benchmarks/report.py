@@ -13,9 +13,9 @@ RESULTS = Path(__file__).parent / "results"
 Results = dict[str, Any]
 
 
-def path_of(device: str, threads: int, *, quick: bool = False, partial: bool = False) -> Path:
+def path_of(device: str, name: str, *, partial: bool = False) -> Path:
     """Quick and partial runs have files of their own, which git ignores: they do not stand for the whole."""
-    return RESULTS / f"{device}-{threads}{'-partial' if partial else ''}{'-quick' if quick else ''}.json"
+    return RESULTS / f"{device}{'' if name == 'all' else f'-{name}'}{'-partial' if partial else ''}.json"
 
 
 def write(path: Path, results: Results) -> None:
@@ -62,7 +62,12 @@ def failed(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def label(row: dict[str, Any]) -> str:
-    return row["case"] + (" (in cache)" if row["resident"] else "")
+    """The case, and what its name does not say."""
+    return ", ".join([row["case"], *([row["condition"]] if row.get("condition", "plain") != "plain" else [])])
+
+
+def memory(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.2g} MiB" if nbytes >= 2**18 else f"{nbytes / 2**10:.0f} KiB"
 
 
 def _error(value: float) -> str:
@@ -72,22 +77,15 @@ def _error(value: float) -> str:
 def line(row: dict[str, Any]) -> str:
     ratio, control, best = row["ratio"], row["control"], peer(row)
     text = (
-        f"  {label(row):<58.58} {'fwd' if row['mode'] == 'forward' else 'f+b'} {1e3 * row['seconds']:9.3f} ms"
-        f"  eta {row['eta']:4.2f}  x{ratio['median']:<5.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] {verdict(row):<6}"
+        f"  {label(row):<52.52} {memory(row['bytes']):>8} {'fwd' if row['mode'] == 'forward' else 'f+b'}"
+        f" {1e3 * row['seconds']:9.3f} ms {row['faults']:6.0f} faults ({best['faults']:.0f})"
+        f"  copy {1e3 * row['copy_s']:7.3f} ms  eta {row['eta']:4.2f}"
+        f"  x{ratio['median']:<5.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] {verdict(row):<6}"
         f" control [{control['low']:.2f}, {control['high']:.2f}]  {row['best']}"
     )
     if best["error"] > 1:
         text += f" (its error: {best['error']:.2g} bounds)"
     return text + (f"  WRONG: {row['error']:.3g} bounds" if row["error"] > 1 else "")
-
-
-def overhead_line(row: dict[str, Any]) -> str:
-    d, c = row["difference"], row["control"]
-    return (
-        f"  {row['case']:<42} {row['mode']:<16} {row['microseconds']:7.1f} us, nn.GroupNorm "
-        f"{row['peer_microseconds']:.1f} us: {d['median']:+.1f} us [{d['low']:+.1f}, {d['high']:+.1f}]"
-        f"  control [{c['low']:+.1f}, {c['high']:+.1f}]"
-    )
 
 
 def call_line(row: dict[str, Any]) -> str:
@@ -98,6 +96,7 @@ def call_line(row: dict[str, Any]) -> str:
         f"  must {row['must']:<4} reach {row['reach']:<4} {aim(row):<7}"
         f" control [{control['low']:.2f}, {control['high']:.2f}]"
         f"  {row['best']} {row['best_microseconds']:.1f} us"
+        f"  faults {row['faults']:.2g} ({row['best_faults']:.2g})  copy {row['copy_microseconds']:.1f} us"
     )
     return text + (f"  WRONG: {row['error']:.3g} bounds" if row["error"] > 1 else "")
 
@@ -126,46 +125,81 @@ def finish(results: Results, path: Path) -> int:
 def setting(results: Results) -> str:
     """One sentence: what this is a result of."""
     m, v, s = results["machine"], results["versions"], results["settings"]
-    quick = ", a quick run" if s["quick"] else ""
     threads = f"{s['threads']} thread{'s' if s['threads'] > 1 else ''} of " if s["device"] == "cpu" else ""
-    return f"{threads}{m['processor']} ({m['cache_mib']:g} MiB cache), torch {v['torch']}, float32{quick}"
+    libc = f", {m['allocator']}" if m.get("allocator") else ""
+    quick = ", a quick run" if s.get("name") == "quick" else ""
+    return f"{threads}{m['processor']} ({m['cache_mib']:g} MiB cache){libc}, torch {v['torch']}, float32{quick}"
+
+
+TABLES = {
+    "torch": (
+        "Speed over torch's operation, or over a formula (compiled if that is faster) where torch has none",
+        "the other side",
+    ),
+    "peers": ("Times as fast as the best peer", "best peer, forward + backward"),
+}
 
 
 def short_table(results: Results) -> str:
-    """For the README: how many times the best peer's speed, rows larger than the cache."""
-    lines = [
-        f"Times as fast as the best peer ({setting(results)}):",
-        "",
-        "| case | forward | forward + backward | best peer, forward + backward | saved / input |",
-        "|---|---|---|---|---|",
-    ]
-    for name, modes in _by_case(results, resident=False).items():
-        forward, both = modes.get("forward"), modes.get("forward+backward")
-        if forward is not None and both is not None:
-            lines.append(f"| {name} | {_times(forward)} | {_times(both)} | {_best(both)} | {both['saved']:.2f} |")
-    return "\n".join([*lines, "", *_overhead(results), *_missing(results)])
+    """For the README: rows of a plain process, those that stand for the others."""
+    tables = []
+    for table, (said, other) in TABLES.items():
+        cases: dict[tuple[str, int], dict[str, Any]] = {}
+        for row in results["rows"]:
+            if row["condition"] == "plain" and row["table"] == table and row["short"] and row["size"] != "tiny":
+                cases.setdefault((row["case"], row["bytes"]), {})[row["mode"]] = row
+        lines = [
+            f"{said} (a plain process, {setting(results)}):",
+            "",
+            f"| case | size | forward | forward + backward | {other} | saved / input |",
+            "|---|---|---|---|---|---|",
+        ]
+        for (name, nbytes), modes in cases.items():
+            if len(modes) == 2:
+                forward, both = modes["forward"], modes["forward+backward"]
+                lines.append(
+                    f"| {name} | {memory(nbytes)} | {_times(forward)} | {_times(both)} | {_best(both)} "
+                    f"| {both['saved']:.2f} |"
+                )
+        tables += ["\n".join(lines)] if cases else []
+    return "\n\n".join(tables)
 
 
 def long_table(results: Results) -> str:
-    """For the docs: everything that a row says."""
+    """For the docs: everything that a row says, a table for every condition."""
     lines = [
-        f"On {setting(results)}.",
+        f"On {setting(results)}; {', '.join(results['machine']['caches'])}; "
+        f"huge pages: {results['machine']['huge_pages']}.",
         "",
-        "![Times as fast as the best peer, and share of the bandwidth of a copy](speed.svg)",
-        "",
-        "| case | mode | ms | eta | times the best peer | control | best peer | error / bound | saved / x | peak / x |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "![Times as fast as the best peer, and share of what the memory allows](speed.svg)",
     ]
-    for row in results["rows"]:
-        r, c = row["ratio"], row["control"]
-        peak = results.get("peak", {}).get(f"{row['case']}: flexnorm")
-        lines.append(
-            f"| {label(row)} | {row['mode']} | {1e3 * row['seconds']:.3g} | {row['eta']:.2f} | {_times(row)} "
-            f"[{r['low']:.2f}, {r['high']:.2f}] | [{c['low']:.2f}, {c['high']:.2f}] | {_best(row)} | "
-            f"{_error(row['error'])} | {row['saved']:.2f} | "
-            f"{'' if peak is None or row['resident'] or row['mode'] == 'forward' else f'{peak:.2f}'} |"
-        )
-    return "\n".join([*lines, "", *_overhead(results), *_missing(results)])
+    for name, condition in results["settings"]["conditions"].items():
+        for table, (said, other) in TABLES.items():
+            rows = [row for row in results["rows"] if row["condition"] == name and row["table"] == table]
+            if rows:
+                threads = f"{condition['threads']} thread{'s' if condition['threads'] > 1 else ''}"
+                lines += [
+                    "",
+                    f"**{condition['said']}, {threads}. {said}.**",
+                    "",
+                    f"| case | size | mode | ms | page faults | `copy_` ms | eta | times | control | {other} "
+                    "| its page faults | error / bound | saved / x | peak / x |",
+                    "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+                    *map(_long, rows),
+                ]
+    return "\n".join([*lines, *_missing(results)])
+
+
+def _long(row: dict[str, Any]) -> str:
+    r, c = row["ratio"], row["control"]
+    mode = row["mode"] if row["mode"] == "forward" else "both"
+    return (
+        f"| {row['case']} | {memory(row['bytes'])} | {mode} | {1e3 * row['seconds']:.3g} "
+        f"| {row['faults']:.0f} | {1e3 * row['copy_s']:.3g} | {row['eta']:.2f} "
+        f"| {_times(row)} [{r['low']:.2f}, {r['high']:.2f}] | [{c['low']:.2f}, {c['high']:.2f}] | {_best(row)} "
+        f"| {peer(row)['faults']:.0f} | {_error(row['error'])} | {row['saved']:.2f} "
+        f"| {'' if row['peak'] is None else format(row['peak'], '.2f')} |"
+    )
 
 
 def calls_table(results: Results, *, short: bool = False) -> str:
@@ -174,8 +208,8 @@ def calls_table(results: Results, *, short: bool = False) -> str:
         f"Time of flexnorm over the time of the other side ({setting(results)}, {results['settings']['date']}):",
         "",
         "| call | mode | us | times the other side | must | reach | the other side |"
-        + " control | error / bound |" * (not short),
-        "|---|---|---|---|---|---|---|" + "---|---|" * (not short),
+        + " control | error / bound | page faults | its page faults | `copy_` us |" * (not short),
+        "|---|---|---|---|---|---|---|" + "---|---|---|---|---|" * (not short),
     ]
     for row in results["rows"]:
         if row["shown"] or not short:
@@ -189,17 +223,12 @@ def calls_table(results: Results, *, short: bool = False) -> str:
             if row["best_error"] is not None and row["best_error"] > 1:
                 line += f" (error {_error(row['best_error'])})"
             if not short:
-                line += f" | [{control['low']:.2f}, {control['high']:.2f}] | {_error(row['error'])}"
+                line += (
+                    f" | [{control['low']:.2f}, {control['high']:.2f}] | {_error(row['error'])} | {row['faults']:.2g} "
+                    f"| {row['best_faults']:.2g} | {row['copy_microseconds']:.1f}"
+                )
             lines.append(f"{line} |")
     return "\n".join([*lines, *([] if short else _missing(results))])
-
-
-def _by_case(results: Results, *, resident: bool) -> dict[str, dict[str, dict[str, Any]]]:
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in results["rows"]:
-        if row["resident"] == resident:
-            found.setdefault(row["case"], {})[row["mode"]] = row
-    return found
 
 
 def _times(row: dict[str, Any]) -> str:
@@ -212,18 +241,6 @@ def _times(row: dict[str, Any]) -> str:
 def _best(row: dict[str, Any]) -> str:
     error = peer(row)["error"]
     return row["best"] + (f" (error {_error(error)})" if error > 1 else "")
-
-
-def _overhead(results: Results) -> list[str]:
-    rows = results["overhead"]
-    if not rows:
-        return []
-    told = ", ".join(
-        f"{row['mode']} {row['difference']['median']:+.1f} us [{row['difference']['low']:+.1f}, "
-        f"{row['difference']['high']:+.1f}]"
-        for row in rows
-    )
-    return [f"One eager call on 2x32x8x8 against `nn.GroupNorm`: {told}."]
 
 
 def _missing(results: Results) -> list[str]:

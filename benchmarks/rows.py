@@ -1,20 +1,27 @@
-"""One case, measured: a row for every mode."""
+"""What one process does: `python -m benchmarks.rows REQUEST` prints a line of JSON for every result.
+
+A process either looks (who computes what, how exactly, in how much memory, who is fast) or takes times. Looking leaves
+large holes in the heap, so a process that takes times has not looked before.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 import math
-import time
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from . import compiled, gate, gpu
-from .case import Case, Contender, Data, like
-from .measure import SAMPLE, copier, paired, palindrome, runner, screen
-from .memory import saved_bytes
+from . import gate, gpu, machine
+from .case import SIZES, Case, Contender, Data, like
+from .cases import by_name
+from .compiled import PREFIX, compiled, ready
+from .measure import SAMPLE, copier, floor, palindrome, runner, screen
+from .memory import peak_bytes, saved_bytes, warm
 
 MODES = ("forward", "forward+backward")
 NEAR = 1.15
@@ -23,150 +30,74 @@ NEAR = 1.15
 FAR = 3
 """Beyond this factor a glance is enough."""
 
+Line = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure. `cache` is the size of the last-level cache in bytes."""
+    """How to measure. `threads` is None for as many as torch takes; `kept` says that freed memory stays in the process.
 
-    device: str
-    threads: int
-    quick: bool
-    cache: int
-    until: float = math.inf  # of time.monotonic(): no row begins later
+    A row has as many rounds as take so many `seconds`, at least `rounds`. Errors of a large case are looked at on so
+    many elements (`gated`) where a part of the data stands for all.
+    """
 
-    @property
-    def rounds(self) -> int:
-        return 5 if self.quick else 10
-
-    @property
-    def seconds(self) -> float:
-        """Cheap rows get more rounds, up to this time."""
-        return 0.4 if self.quick else 1.0
-
-    @property
-    def gated(self) -> float:
-        """Elements on which errors are looked at, where a part of the data stands for all."""
-        return 2**21 if self.quick else 2**24  # in float64, with all that autograd keeps of every contender
-
-    @property
-    def resident(self) -> int:
-        """Bytes of x in the rows that stay in cache: x, y, dy, dx and what peers put between fit together."""
-        return self.cache // 16
+    device: str = "cpu"
+    threads: int | None = None
+    kept: bool = False
+    compile: bool = True
+    peak: bool = True
+    rounds: int = 10
+    seconds: float = 0.2
+    gated: int = 2**24
 
 
-def measure(case: Case, settings: Settings, *, resident: bool, note: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of a case: with buffers larger than the cache together, or `resident` in it."""
+# --- looking ---------------------------------------------------------------------------------------------------------
+
+
+def look(case: Case, limit: int | None, settings: Settings) -> Line:
+    """A case whose x has at most `limit` bytes. None is the case as it is."""
     data = case.draw(1.0, settings.device)
-    if resident:
-        scale = min(1.0, settings.resident / data.x.nbytes)
+    scale = 1.0 if limit is None else min(1.0, limit / data.x.nbytes)
+    if scale < 1:
         data = case.draw(scale, settings.device)
-    else:
-        scale = 1.0
     data.x.requires_grad_()
-    peers = [*case.peers, *(gpu.peers(case) if settings.device != "cpu" else [])]
-    if not settings.quick and not resident:
-        peers += _compiled(case, data, note)
-    size = data.x.numel()
-    gate_scale = scale * min(1.0, settings.gated / size) if case.sets_survive else scale
-    errors = gate.errors(case, [case.contender, *peers], gate_scale, settings.device)
-    gc.collect()
-    saved: dict[str, float | None] = dict.fromkeys(peer.name for peer in peers)
-    for contender in [case.contender] if settings.quick else [case.contender, *peers]:
-        if not contender.forward_only:
-            saved[contender.name] = saved_bytes(contender, data) / data.x.nbytes
-    buffers = _buffers(data, 1 if resident else max(1, math.ceil(4 * settings.cache / data.x.nbytes)))
-    valid = 1.0 if data.valid is None else data.valid.float().mean().item()
-    for mode in MODES:
-        if time.monotonic() > settings.until:
-            note.append(f"{case.name}{' (in cache)' if resident else ''}, {mode} (time is up)")
-            continue
-        yield {
-            "case": case.name,
-            "kind": case.kind,
-            "resident": resident,
-            "mode": mode,
-            "shape": list(data.x.shape),
-            "bytes": data.x.nbytes,
-            "valid": valid,
-            "buffers": len(buffers),
-            "gated_elements": round(size * gate_scale / scale),
-            "saved": saved[case.contender.name],
-            **_timed(case, peers, buffers, mode, settings, errors, valid, saved),
-        }
-
-
-def _compiled(case: Case, data: Data, note: list[str]) -> list[Contender]:
-    made = []
-    for peer in case.peers:
-        if peer.formula:
-            fast = compiled.compiled(peer)
-            why = compiled.ready(fast, data)
-            if why is None:
-                made.append(fast)
-            else:
-                note.append(f"{case.name}: {fast.name}: {why}")
-    return made
-
-
-def _buffers(data: Data, count: int) -> list[Data]:
-    more = [like(data, x=data.x.detach().clone().requires_grad_(), dy=data.dy.clone()) for _ in range(count - 1)]
-    return [data, *more]
-
-
-def _timed(
-    case: Case,
-    peers: list[Contender],
-    buffers: list[Data],
-    mode: str,
-    settings: Settings,
-    errors: dict[str, dict[str, Any]],
-    valid: float,
-    saved: dict[str, float | None],
-) -> dict[str, Any]:
-    ours = case.contender
-    runs = {"copy": copier(buffers), ours.name: runner(ours, buffers, mode), "control": runner(ours, buffers, mode)}
-    allowed = [p for p in peers if mode == "forward" or not p.forward_only]
-    all_runs = {p.name: runner(p, buffers, mode) for p in allowed}
-    glance: dict[str, float] = {}
-    for name, run in all_runs.items():
-        glance[name] = screen(run, settings.device, min(glance.values(), default=math.inf))
-    wrong = {name: gate.worst(errors[name], mode) for name in [ours.name, *all_runs]}
-    runs |= {name: all_runs[name] for name in _near(glance, wrong)}
-
-    quick_look = {name: glance.get(name) or screen(run, settings.device) for name, run in runs.items()}
-    calls = {name: max(1, math.ceil(SAMPLE / seconds)) for name, seconds in quick_look.items()}
-    one = 2 * sum(calls[name] * quick_look[name] for name in runs)
-    rounds = min(40, max(settings.rounds, round(settings.seconds / one)))
-    times = palindrome(runs, calls, rounds, settings.device)
-
-    seconds = {name: torch.tensor(values, dtype=torch.float64).quantile(0.5).item() for name, values in times.items()}
-    ratios = {name: paired(times[name], times[ours.name]) for name in runs if name != ours.name}
-    told = [
-        {
-            "name": name,
-            "glance_s": glance[name],
-            "seconds": seconds.get(name),
-            "ratio": asdict(ratios[name]) if name in ratios else None,
-            "error": wrong[name],
-            "saved": saved[name],
-        }
-        for name in all_runs
-    ]
-    fastest = min((p for p in told if p["ratio"]), key=lambda p: p["ratio"]["median"])
-    # copy moves 2 x of its bytes; forward cannot do with less than 2, backward than 3, of the valid ones
-    least = (2 if mode == "forward" else 5) * valid / 2
+    nbytes, missing = data.x.nbytes, []
+    peers, wanted = [*case.peers, *(gpu.peers(case) if settings.device != "cpu" else [])], []
+    if case.table == "torch":
+        peers = peers[:1]
+    if settings.compile and (case.kind != "native" if case.table == "torch" else limit != SIZES["tiny"]):
+        wanted = [p for p in peers if p.formula]
+    for fast in map(compiled, wanted):
+        why = ready(fast, data)
+        if why is None:
+            peers.append(fast)
+        else:
+            missing.append(f"{case.name}, {nbytes / 2**20:.2g} MiB, {fast.name}: {why}")
+    share = min(1.0, settings.gated / data.x.numel()) if case.sets_survive else 1.0
+    errors = gate.errors(case, [case.contender, *peers], scale * share, settings.device)
+    saved = {c.name: saved_bytes(c, data) / nbytes for c in [case.contender, *peers] if not c.forward_only}
+    glances: dict[str, dict[str, float]] = {mode: {} for mode in MODES}
+    near = {}
+    for mode, glance in glances.items():
+        for peer in peers if len(peers) > 1 else []:
+            if mode == "forward" or not peer.forward_only:
+                run = runner(peer, [data], mode)
+                glance[peer.name] = screen(run, settings.device, min(glance.values(), default=math.inf))
+        near[mode] = _near(glance, {name: gate.worst(errors[name], mode) for name in glance}) or [peers[0].name]
+    peak = peak_bytes(case.contender, data, settings.device) if settings.peak else None
     return {
-        "rounds": rounds,
-        "calls": calls,
-        "seconds": seconds[ours.name],
-        "copy_s": seconds["copy"],
-        "eta": least * ratios["copy"].median,
-        "control": asdict(ratios["control"]),
-        "best": fastest["name"],
-        "ratio": fastest["ratio"],
-        "error": wrong[ours.name],
-        "errors": {name: errors[name] for name in wrong},
-        "peers": told,
+        "case": case.name,
+        "limit": limit,
+        "scale": scale,
+        "shape": list(data.x.shape),
+        "bytes": nbytes,
+        "valid": 1.0 if data.valid is None else data.valid.float().mean().item(),
+        "errors": errors,
+        "saved": saved,
+        "peak": None if peak is None else peak / nbytes,
+        "glances": glances,
+        "near": near,
+        "missing": missing,
     }
 
 
@@ -177,3 +108,79 @@ def _near(glance: dict[str, float], wrong: dict[str, float]) -> list[str]:
     right = next((name for name in order if wrong[name] <= 1), None)
     far = right is None or glance[right] > FAR * glance[order[0]]
     return near if far or right in near else [*near, right]
+
+
+# --- taking times ----------------------------------------------------------------------------------------------------
+
+
+def timed(case: Case, scale: float, near: Mapping[str, Sequence[str]], settings: Settings) -> Iterator[Line]:
+    """A line for every mode: the samples of every side in every round. The side "control" is flexnorm again."""
+    ours, device = case.contender, settings.device
+    peers = _named(case, {name for names in near.values() for name in names}, device)
+    buffers = _buffers(case.draw(scale, device), settings)
+    for mode in MODES:
+        runs = {
+            "copy": copier(buffers),
+            "floor": floor(buffers, mode, fresh=not settings.kept and device == "cpu"),
+            ours.name: runner(ours, buffers, mode),
+            "control": runner(ours, buffers, mode),
+            **{name: runner(peers[name], buffers, mode) for name in near[mode]},
+        }
+        glance = {name: screen(run, device) for name, run in runs.items()}
+        calls = {name: max(1, math.ceil(SAMPLE / seconds)) for name, seconds in glance.items()}
+        one = 2 * sum(calls[name] * glance[name] for name in runs)
+        rounds = min(40, max(settings.rounds, round(settings.seconds / one)))
+        gc.collect()
+        samples = palindrome(runs, calls, rounds, device)
+        yield {
+            "case": case.name,
+            "scale": scale,
+            "mode": mode,
+            "threads": torch.get_num_threads(),
+            "buffers": len(buffers),
+            "samples": samples,
+        }
+
+
+def _named(case: Case, names: set[str], device: str) -> dict[str, Contender]:
+    known = {peer.name: peer for peer in [*case.peers, *(gpu.peers(case) if device != "cpu" else [])]}
+    return {name: known[name] if name in known else compiled(known[name.removeprefix(PREFIX)]) for name in names}
+
+
+def _buffers(data: Data, settings: Settings) -> list[Data]:
+    """Large inputs take turns, so that none is in the cache when its turn comes."""
+    count = 1
+    if data.x.nbytes >= SIZES["large"] // 4:
+        count = math.ceil(min(4 * machine.cache_bytes(settings.device), 512 << 20) / data.x.nbytes)
+    more = [like(data, x=data.x.detach().clone(), dy=data.dy.clone()) for _ in range(count - 1)]
+    buffers = [data, *more]
+    for buffer in buffers:
+        buffer.x.requires_grad_()
+    return buffers
+
+
+# --- a process -------------------------------------------------------------------------------------------------------
+
+
+def request(task: str, settings: Settings, items: Sequence[Sequence[Any]]) -> str:
+    """The items are (case, limit) to look at, and (case, scale, near) to take times of."""
+    return json.dumps({"task": task, "settings": asdict(settings), "items": items})
+
+
+def main(asked: Line) -> None:
+    settings = Settings(**asked["settings"])
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.kept:
+        warm(min(4, machine.memory_gib() // 3) << 30)
+    for name, *rest in asked["items"]:
+        case = by_name[name]
+        for line in [look(case, *rest, settings)] if asked["task"] == "look" else timed(case, *rest, settings):
+            print(json.dumps(line), flush=True)
+        gc.collect()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 import sys
+import time
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ import torch
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks is no part of the installed package
 
-case, gate, measure, memory, report, rows = (
-    importlib.import_module(f"benchmarks.{name}") for name in ("case", "gate", "measure", "memory", "report", "rows")
+names = ("calls", "case", "gate", "machine", "measure", "memory", "processes", "report", "rows")
+calls, case, gate, machine, measure, memory, processes, report, rows = (
+    importlib.import_module(f"benchmarks.{name}") for name in names
 )
-calls = importlib.import_module("benchmarks.calls")
 main = importlib.import_module("benchmarks.__main__")
 CASES = importlib.import_module("benchmarks.cases").CASES
 SCALE = 5e-4
@@ -40,7 +41,10 @@ def test_names_are_told_apart():
         contenders = ["flexnorm", *(peer.name for peer in c.peers)]
         assert len(set(contenders)) == len(contenders), c.name
         assert sum(peer.formula for peer in c.peers) <= 1, c.name
-    assert {c.kind for c in CASES if c.quick} == {c.kind for c in CASES}
+    for table in ("torch", "peers"):
+        of_table = [c for c in CASES if c.table == table]
+        assert {c.kind for c in of_table if c.short} >= {c.kind for c in of_table} - {"pyg"} > set()
+    assert any(c.short for c in CASES if c.kind == "pyg") == any(c.kind == "pyg" for c in CASES)
 
 
 def a_case(name="layer norm 32x512x768"):
@@ -87,9 +91,14 @@ def test_float64_references_on_numbers_that_one_can_check():
 # --- pairs and intervals ---------------------------------------------------------------------------------------------
 
 
+def samples(*seconds):
+    return [measure.Sample(value, 0.0) for value in seconds]
+
+
 def test_pairs_are_looked_at_within_a_round():
     ours = [1.0, 2.0, 4.0, 8.0, 16.0]  # a machine that slows down
-    assert measure.paired([3 * t for t in ours], ours) == measure.Ratio(3, 3, 3)
+    ratios = measure.paired(samples(*[3 * t for t in ours]), samples(*ours))
+    assert measure.bootstrap(ratios) == measure.Ratio(3, 3, 3)
 
 
 def test_bootstrap_covers_the_median_and_narrows_with_more_rounds():
@@ -106,8 +115,12 @@ def test_bootstrap_covers_the_median_and_narrows_with_more_rounds():
 
 
 def test_one_slow_round_moves_nothing():
-    quiet = [1.0] * 10
-    assert measure.paired([2.0] * 9 + [90.0], quiet).median == 2
+    assert measure.bootstrap([2.0] * 9 + [90.0]).median == 2
+
+
+def test_one_odd_process_moves_no_median_and_widens_the_interval():
+    got = measure.bootstrap([1.0] * 10, [1.1] * 10, [9.0] * 10)
+    assert got.median == 1.1 and got.low == 1 and got.high == 9
 
 
 def test_a_palindrome_meets_a_drift_evenly(monkeypatch):
@@ -116,13 +129,13 @@ def test_a_palindrome_meets_a_drift_evenly(monkeypatch):
     def sample(run, calls, device):
         clock[0] += 1.0  # each sample is slower than the one before
         order.append(run())
-        return clock[0]
+        return measure.Sample(clock[0], 4 * clock[0])
 
     monkeypatch.setattr(measure, "sample", sample)
     runs = {name: lambda name=name: name for name in "abc"}
     times = measure.palindrome(runs, dict.fromkeys(runs, 1), 2, "cpu")
     assert "".join(order) == "abccba" * 2
-    assert times["a"] == times["b"] == times["c"] == [3.5, 9.5]
+    assert times["a"] == times["b"] == times["c"] == [measure.Sample(3.5, 14.0), measure.Sample(9.5, 38.0)]
 
 
 def test_orders_go_forth_and_back_and_no_name_is_always_first():
@@ -148,8 +161,9 @@ def test_interleaved_runs_meet_every_input_once(monkeypatch):
     times = measure.interleaved(runs, 4)
     assert gc.isenabled()
     assert seen == {"a": list(range(50)), "b": list(range(50))}
-    assert len(times["a"]) == 12 and times["a"][:2] == [2.5, 6.5]  # the last two steps are no round
-    assert measure.paired(times["b"], times["a"]) == measure.Ratio(3, 3, 3)
+    assert len(times["a"]) == 12  # the last two steps are no round
+    assert [s.seconds for s in times["a"][:2]] == [2.5, 6.5]
+    assert measure.paired(times["b"], times["a"]) == [3] * 12
     assert len(measure.interleaved(runs, 4, seconds=0)["a"]) == measure.ROUNDS
     assert len(measure.interleaved(runs, 2, seconds=0)["a"]) == measure.ROUNDS
 
@@ -158,6 +172,24 @@ def test_the_garbage_collector_comes_back_after_an_error():
     with pytest.raises(ZeroDivisionError):
         measure.interleaved({"a": [lambda: 1 // 0]}, 1)
     assert gc.isenabled()
+
+
+def test_new_pages_are_counted():
+    size = 64 << 20  # beyond what any allocator keeps at hand
+    pages = size / 2**10 / machine.described("cpu")["page_kib"]
+    faults = measure.sample(lambda: torch.ones(size // 4), 2, "cpu").faults
+    assert 0 < faults <= 1.1 * pages  # huge pages need fewer
+    x = torch.ones(4)
+    assert measure.sample(lambda: x.add_(1), 2, "cpu").faults < 10
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_floor_copies_and_leaves_x_alone(fresh):
+    data = case.Data(x=torch.ones(3), dy=torch.full((3,), 2.0))
+    assert measure.floor([data], "forward", fresh=fresh)().tolist() == [1, 1, 1]
+    forward, backward, read = measure.floor([data], "forward+backward", fresh=fresh)()
+    assert read == 3 and backward.tolist() == [2, 2, 2]
+    assert (forward is backward) != fresh and data.x.tolist() == [1, 1, 1]
 
 
 def test_buffers_take_turns():
@@ -195,23 +227,31 @@ def test_saved_bytes_counts_a_storage_once_and_no_parameter():
 
 @pytest.fixture(scope="module")
 def results():
-    """Rows of a real measurement, of small data in a single pair of rounds."""
-    settings = rows.Settings("cpu", 1, quick=True, cache=16 * 4096)
-    tiny = a_case("packed documents, group norm 16384x1024")
-    notes: list = []
-    measured = [row for c in (a_case(), tiny) for row in rows.measure(c, settings, resident=True, note=notes)]
-    assert notes == []
-    for row in measured:
-        row["resident"] = False  # so that tables and bars take them
+    """Rows of a real measurement, of small data in a few rounds: two processes' worth, in this one."""
+    settings = rows.Settings(compile=False, rounds=2, seconds=0.0)
+    measured = []
+    for name in ("layer norm 2x16x128", "packed documents, group norm 16384x1024"):
+        found = rows.look(a_case(name), 16 << 10, settings)
+        timings = [json.loads(json.dumps([*rows.timed(a_case(name), found["scale"], found["near"], settings)]))] * 2
+        for mode, these in zip(rows.MODES, zip(*timings, strict=True), strict=True):
+            row = processes.row(a_case(name), "plain", found, mode, these)
+            assert (
+                row["size"] == "tiny"
+                and row["processes"] == 2
+                and row["rounds"] == 2 * len(these[0]["samples"]["copy"])
+            )
+            measured.append({**row, "size": "large", "short": True})  # so that tables and bars take it
     return {
-        "machine": {"processor": "a <processor>", "cache_mib": 8.0},
+        "machine": {**machine.described("cpu"), "processor": "a <processor>"},
         "versions": {"torch": "2"},
-        "settings": {"quick": True, "threads": 1, "device": "cpu"},
+        "settings": {
+            "threads": 1,
+            "device": "cpu",
+            "conditions": {"plain": {"said": "A plain process", "threads": 1}, "kept": {"said": "Kept", "threads": 1}},
+        },
         "rows": measured,
-        "overhead": [],
-        "peak": {},
         "missing": ["something"],
-    }
+    }  # fmt: skip
 
 
 def test_rows_say_what_they_promise(results, tmp_path):
@@ -220,14 +260,79 @@ def test_rows_say_what_they_promise(results, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text()) == again
     assert [row["mode"] for row in again["rows"]] == list(rows.MODES) * 2
     for row in again["rows"]:
-        assert row["rounds"] >= 5 and row["error"] <= 1
-        least = 1 if row["mode"] == "forward" else 2.5
-        assert row["eta"] == pytest.approx(least * row["copy_s"] / row["seconds"], rel=0.8)
-        assert report.peer(row)["ratio"] == row["ratio"]
-        assert report.line(row)
+        assert row["error"] <= 1 and row["faults"] >= 0 and row["copy_s"] > 0
+        assert row["eta"] == pytest.approx(row["valid"] * row["floor_s"] / row["seconds"], rel=0.8)
+        assert len(row["seconds_of_processes"]) == 2
+        best = report.peer(row)
+        assert best["ratio"] == row["ratio"] and best["faults"] >= 0
+        assert f"{row['faults']:.0f} faults" in report.line(row)
     assert report.failed(again["rows"]) == []
     worse = {**again["rows"][0], "error": 3.0}
     assert len(report.failed([worse])) == 1 and "WRONG" in report.line(worse)
+
+
+def test_every_process_has_a_say():
+    """The median over processes, for the ratio too, however many rounds each of them has."""
+
+    def timing(ours, rounds):
+        sides = {"copy": 1.0, "floor": 2.0, "flexnorm": ours, "control": ours, "torch layer_norm": 12.0}
+        taken = {name: [[seconds, 10 * seconds]] * rounds for name, seconds in sides.items()}
+        return {"mode": "forward", "threads": 2, "buffers": 1, "samples": taken}
+
+    wrong = {"forward at 0": 0.5, "forward at 1000": 2.0}
+    found = {
+        "shape": [2], "bytes": 8, "valid": 0.5, "saved": {"flexnorm": 1.0}, "peak": 2.0,
+        "errors": {"flexnorm": {"forward at 0": 0.5}, "torch layer_norm": wrong},
+        "near": {"forward": ["torch layer_norm"]}, "glances": {"forward": {}},
+    }  # fmt: skip
+    row = processes.row(a_case(), "plain", found, "forward", [timing(4.0, 2), timing(6.0, 2), timing(1.0, 30)])
+    assert row["seconds"] == 4 and row["faults"] == 40 and row["seconds_of_processes"] == [4, 6, 1]
+    assert row["ratio"]["median"] == 3 and row["eta"] == 0.25 and row["rounds"] == 34
+    assert report.peer(row)["error"] == 2 and report.peer(row)["saved"] is None
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_fresh_process_measures_under_its_condition():
+    settings = rows.Settings(compile=False, peak=False, rounds=2, seconds=0.0)
+    missing: list = []
+    part = processes.Part("one thread", processes.sized(a_case("layer norm 2x16x128")), processes=1)
+    measured = list(processes.measure([part], settings, time.monotonic() + 300, missing))
+    assert missing == [] and [row["mode"] for row in measured] == list(rows.MODES)
+    for row in measured:
+        assert row["condition"] == "one thread" and row["threads"] == 1 and row["shape"] == [2, 16, 128]
+        assert row["best"] == "torch layer_norm" and "one thread" in report.label(row)
+    assert list(processes.measure([part], settings, time.monotonic() - 1, missing)) == []
+    assert missing == ["layer norm 2x16x128 (look: time is up)"]
+
+
+def test_what_a_command_measures():
+    torchs = [c for c in CASES if c.table == "torch"]
+    parts = main.parts("all")
+    assert [part.condition for part in parts[:5]] == ["plain", "uncompiled", "kept", "one thread", "plain"]
+    plain = [(c.name, limit) for part in parts if part.condition == "plain" for c, limit in part.items]
+    assert len(plain) == len(set(plain)) == len(torchs) + 3 * (len(CASES) - len(torchs))
+    assert {case.name for case, _ in parts[1].items} == set(main.UNCOMPILED)
+    assert [part.condition for part in main.parts("plain")] == ["plain", "uncompiled"]
+    assert main.parts("plain")[0].items == parts[0].items == [(c, None) for c in torchs]
+    assert all(part.processes == 1 for part in main.parts("quick")) and len(main.parts("quick")[0].items) >= 15
+    assert not any(part.items for part in main.parts("all", only="no such case"))
+
+
+def test_cases_against_torch_have_their_sizes():
+    names = ("layer norm 2x16x128", "layer norm 6x100x384", "group norm, silu 1x128x256x256")
+    assert [case.size_of(a_case(name).draw().x.nbytes) for name in names] == ["tiny", "usual", "large"]
+    assert [case.size_of(n) for n in case.SIZES.values()] == ["tiny", "usual", "large"]
+
+
+def test_the_heap_is_asked_for_by_the_environment(monkeypatch):
+    for name in machine.settled():
+        monkeypatch.delenv(name)
+    machine.plain()
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    with pytest.raises(SystemExit, match="MALLOC_ARENA_MAX"):
+        machine.plain()
 
 
 @pytest.mark.parametrize(
@@ -246,7 +351,7 @@ def test_tables_go_between_the_markers_and_nowhere_else(results, table, tmp_path
         report.include(page, table(results))
         text = page.read_text()
         assert text.startswith("before\n<!-- bench -->\n") and text.endswith("\n<!-- /bench -->\nafter\n")
-        assert "old" not in text and "packed documents" in text and "Not measured: something." in text
+        assert "old" not in text and "packed documents" in text
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +364,7 @@ def results_of_calls():
     return {
         "machine": {"processor": "a processor", "cache_mib": 8.0},
         "versions": {"torch": "2"},
-        "settings": {"quick": True, "threads": 1, "device": "cpu", "date": "2000-01-01"},
+        "settings": {"threads": 1, "device": "cpu", "date": "2000-01-01"},
         "rows": rows,
         "missing": ["something"],
     }
@@ -273,6 +378,7 @@ def test_rows_of_calls(results_of_calls, tmp_path):
     assert report.failed(rows_of_calls) == []
     for row in rows_of_calls:
         assert row["rounds"] >= 2 and 0 < row["reach"] < row["must"]
+        assert row["faults"] >= 0 and row["copy_microseconds"] > 0
         assert row["best"] in row["peers"] and row["cost"]["low"] <= row["cost"]["median"] <= row["cost"]["high"]
         assert f"must {row['must']}" in report.call_line(row)
     report.write(tmp_path / "calls.json", results_of_calls)
@@ -320,8 +426,6 @@ def test_the_chart_is_the_same_for_the_same_numbers(results, tmp_path):
 
 
 def test_arguments():
-    assert main.arguments([]).threads == "all"
-    with pytest.raises(SystemExit):
-        main.arguments(["--threads", "none"])
+    assert [main.arguments(given).name for given in ([], ["--plain"], ["--quick"])] == list(main.SECONDS)
     with pytest.raises(SystemExit, match="run `python -m benchmarks` first"):
         report.read(pathlib.Path("absent.json"))

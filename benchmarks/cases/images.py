@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from flexnorm import Partition, normalize
+from flexnorm import Norm, Partition, normalize
 from flexnorm.mixtures import SwitchableNorm
 
 from .. import gate, handmade
@@ -34,28 +34,6 @@ def _data(shape: Sequence[int], *, last: bool = False, groups: int | None = None
 # --- group norm ------------------------------------------------------------------------------------------------------
 
 
-def _grouped(d: Data, norm: Callable[..., Tensor]) -> Tensor:
-    """Channels of a group beside their pixels."""
-    n, c, h, w = d.x.shape
-    g = d.groups
-    v = d.x.view(n, g, c // g, h * w)
-    return norm(v, (2, 3), d.weight.view(g, -1, 1), d.bias.view(g, -1, 1)).view_as(d.x)
-
-
-def _grouped_last(d: Data, norm: Callable[..., Tensor]) -> Tensor:
-    """The same without moving anything, where channels lie inside."""
-    n, c, h, w = d.x.shape
-    g = d.groups
-    v = d.x.permute(0, 2, 3, 1).view(n, h * w, g, c // g)
-    y = norm(v, (1, 3), d.weight.view(g, -1), d.bias.view(g, -1))
-    return y.view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-def _detour(d: Data) -> Tensor:
-    y = F.group_norm(d.x.contiguous(), d.groups, d.weight, d.bias, EPS)
-    return y.contiguous(memory_format=torch.channels_last)
-
-
 def _group_norm(d: Data) -> Tensor:
     return F.group_norm(d.x, d.groups, d.weight, d.bias, EPS)
 
@@ -67,24 +45,16 @@ def _group_reference(d: Data) -> tuple[Tensor, Tensor]:
 
 
 def _group_case(
-    title: str, shape: Sequence[int], *, last: bool = False, silu: bool = False, quick: bool = False
+    shape: Sequence[int], *, last: bool = False, silu: bool = False, table: str = "torch", short: bool = False
 ) -> Case:
     activation = "silu" if silu else None
     after = (lambda y: F.silu(y, inplace=True)) if silu else (lambda y: y)  # group norm keeps its input, not its result
     native = "group_norm, silu_" if silu else "group_norm"
-    inner = _grouped_last if last else _grouped
-    peers = [
-        Contender(f"torch {native}", lambda d: after(_group_norm(d)), formula=True),
-        Contender("var_mean", lambda d: after(inner(d, handmade.pooled))),
-        Contender("var_mean, folded", lambda d: after(inner(d, handmade.folded))),
-    ]
-    if last:
-        peers.insert(1, Contender("torch group_norm on a contiguous copy", lambda d: after(_detour(d))))
     size = "x".join(map(str, shape))
     return Case(
-        f"{title} {size}{' channels_last' if last else ''}",
+        f"group norm{', silu' if silu else ''} {size}{' channels_last' if last else ''}",
         "native",
-        _data(shape, last=last, groups=32),
+        _data(shape, last=last, groups=min(32, shape[1] // 4)),
         lambda d: normalize(
             d.x,
             "n (g c) ... -> n g",
@@ -94,16 +64,43 @@ def _group_case(
             affine="(g c)",
             activation=activation,
         ),
-        peers,
+        [Contender(f"torch {native}", lambda d: after(_group_norm(d)), formula=True)],
         _group_reference,
         activation=F.silu if silu else None,
         sets_survive=shape[0] > 1,
-        quick=quick,
+        table=table,
+        short=short,
         fused=None if silu or last else "group_norm",
     )
 
 
 # --- statistics of a batch, of an instance ---------------------------------------------------------------------------
+
+
+def _running(scale: float, generator: torch.Generator) -> Data:
+    made = _data((3000, 64))(scale, generator)
+    made.mine = Norm("n c -> c", affine="c", c=64, eps=EPS, track_running_stats=True)
+    made.theirs = nn.BatchNorm1d(64, EPS)
+    for parameter, mean in ((made.theirs.weight, 1.0), (made.theirs.bias, 0.0)):
+        nn.init.normal_(parameter, mean, 0.2, generator=generator)
+    made.mine.load_state_dict(made.theirs.state_dict())
+    made.weight, made.bias = made.mine.weight, made.mine.bias
+    return made
+
+
+def _running_case() -> Case:
+    return Case(
+        "batch norm, running statistics 3000x64",
+        "native",
+        _running,
+        lambda d: d.mine(d.x),
+        [Contender("nn.BatchNorm1d", lambda d: d.theirs(d.x), module="theirs")],
+        lambda d: gate.pooled(d.x, (0,)),
+        sets_survive=False,
+        table="torch",
+        short=True,
+        module="mine",
+    )
 
 
 def _batch_case() -> Case:
@@ -124,7 +121,7 @@ def _batch_case() -> Case:
         ],
         lambda d: gate.pooled(d.x, (0, 2, 3)),
         sets_survive=False,
-        quick=True,
+        short=True,
     )
 
 
@@ -174,13 +171,9 @@ def _sensor_case() -> Case:
                 lambda d: handmade.parts(d.x, (2, 3), d.share, *handmade.affine(d)),
                 formula=True,
             ),
-            Contender(
-                "moments of channels, merged and folded",
-                lambda d: handmade.parts(d.x, (2, 3), d.share, *handmade.affine(d), fold=True),
-            ),
         ],
         lambda d: gate.in_parts(d.x, 1, SENSORS, (1, 2, 3)),
-        quick=True,
+        short=True,
     )
 
 
@@ -195,16 +188,11 @@ def smooth_regions(n: int, size: int, generator: torch.Generator) -> Tensor:
     return F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True).argmax(1)
 
 
-def random_regions(n: int, size: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(REGIONS, (n, size, size), generator=generator)
-
-
-def _regions(smooth: bool) -> Callable[[float, torch.Generator], Data]:
+def _regions(shape: Sequence[int]) -> Callable[[float, torch.Generator], Data]:
     def make(scale: float, generator: torch.Generator) -> Data:
-        made = _data((8, 64, 128, 128))(scale, generator)
+        made = _data(shape)(scale, generator)
         n, _, h, _ = made.x.shape
-        labels = smooth_regions if smooth else random_regions
-        ids = labels(n, h, generator)
+        ids = smooth_regions(n, h, generator)
         made.region = Partition(ids, REGIONS)
         made.flat = ids + REGIONS * torch.arange(n).view(n, 1, 1)  # a number for every region of every image
         made.sizes_of_sets = torch.bincount(made.flat.flatten(), minlength=n * REGIONS).clamp(min=1).float()
@@ -214,7 +202,7 @@ def _regions(smooth: bool) -> Callable[[float, torch.Generator], Data]:
     return make
 
 
-def _regions_by_pixel(d: Data, *, fold: bool = False) -> Tensor:
+def _regions_by_pixel(d: Data) -> Tensor:
     """Moments of every pixel over channels, then of every region over its pixels: x is read twice."""
     flat, pixels = d.flat.view(-1), d.sizes_of_sets
     var, mean = torch.var_mean(d.x, 1, correction=0)
@@ -223,19 +211,7 @@ def _regions_by_pixel(d: Data, *, fold: bool = False) -> Tensor:
     scale = torch.rsqrt(torch.zeros_like(pixels).index_add(0, flat, around.flatten()) / pixels + EPS)
     weight, bias = handmade.affine(d)
     center, scale = whole[d.flat].unsqueeze(1), scale[d.flat].unsqueeze(1)
-    if fold:
-        return torch.addcmul(bias, torch.addcmul(-center * scale, d.x, scale), weight)
     return torch.addcmul(bias, (d.x - center) * scale, weight)
-
-
-def _regions_loop(d: Data, dims: tuple[int, ...]) -> Tensor:
-    weight, bias = handmade.affine(d)
-    y = torch.zeros_like(d.x)
-    for k in range(REGIONS):
-        mask = (d.region.ids == k).unsqueeze(1)
-        count = mask.sum((2, 3), keepdim=True).clamp(min=1) * (d.x.shape[1] if 1 in dims else 1)
-        y = y + handmade.masked(d.x, mask, dims, count, weight, bias)
-    return y
 
 
 def _regions_matrix(d: Data) -> Tensor:
@@ -272,28 +248,24 @@ def _region_reference(d: Data, channelwise: bool) -> tuple[Tensor, Tensor]:
     return back(z), back(ratio)
 
 
-def _region_case(smooth: bool, channelwise: bool = False, quick: bool = False) -> Case:
+def _region_case(shape: Sequence[int], *, channelwise: bool = False, table: str = "peers", short: bool = False) -> Case:
     pattern = "n c h w -> n c region[n h w]" if channelwise else "n c h w -> n region[n h w]"
     if channelwise:
         peers = [
             Contender("product with one-hot labels", _regions_matrix, formula=True),
             Contender("scatter_add", _regions_scatter),
-            Contender("loop of masks", lambda d: _regions_loop(d, (2, 3))),
         ]
     else:
-        peers = [
-            Contender("moments of pixels, merged", _regions_by_pixel, formula=True),
-            Contender("moments of pixels, merged and folded", lambda d: _regions_by_pixel(d, fold=True)),
-            Contender("loop of masks", lambda d: _regions_loop(d, (1, 2, 3))),
-        ]
+        peers = [Contender("moments of pixels, merged", _regions_by_pixel, formula=True)]
     return Case(
-        f"{'smooth' if smooth else 'random'} regions{' by channel' if channelwise else ''} 8x64x128x128",
+        f"regions{' by channel' if channelwise else ''} {'x'.join(map(str, shape))}",
         "expression",
-        _regions(smooth),
+        _regions(shape),
         lambda d: normalize(d.x, pattern, region=d.region, weight=d.weight, bias=d.bias, affine="c"),
         peers,
         lambda d: _region_reference(d, channelwise),
-        quick=quick,
+        table=table,
+        short=short,
     )
 
 
@@ -315,18 +287,17 @@ def _volume_case() -> Case:
         weight, bias = handmade.affine(d)
         return torch.addcmul(bias, centered, torch.rsqrt(var + EPS) * weight)
 
-    def merged(d: Data, fold: bool = False) -> Tensor:
-        weight, bias = handmade.affine(d)
-        return handmade.parts(d.x, (3, 4), d.share, weight, bias, fold=fold)
-
     return Case(
         "weighted slices of a volume 1x32x96x96x96",
         "expression",
         _volume,
         lambda d: normalize(d.x, "n c d h w, d -> n c", d.thickness, weight=d.weight, bias=d.bias, affine="c"),
         [
-            Contender("moments of slices, merged", merged, formula=True),
-            Contender("moments of slices, merged and folded", lambda d: merged(d, fold=True)),
+            Contender(
+                "moments of slices, merged",
+                lambda d: handmade.parts(d.x, (3, 4), d.share, *handmade.affine(d)),
+                formula=True,
+            ),
             Contender("weighted sums", direct),
         ],
         lambda d: gate.pooled(d.x, (2, 3, 4), d.thickness.view(-1, 1, 1)),
@@ -337,14 +308,17 @@ def _volume_case() -> Case:
 # --- a mixture -------------------------------------------------------------------------------------------------------
 
 
-def _switch(scale: float, generator: torch.Generator) -> Data:
-    made = _data((32, 64, 56, 56))(scale, generator)
-    made.norm = SwitchableNorm(made.x.shape[1], EPS, affine=False, track_running_stats=False)
-    with torch.no_grad():
-        for p in made.norm.parameters():
-            p.normal_(generator=generator)
-    made.weight = made.bias = None
-    return made
+def _switch(shape: Sequence[int]) -> Callable[[float, torch.Generator], Data]:
+    def make(scale: float, generator: torch.Generator) -> Data:
+        made = _data(shape)(scale, generator)
+        made.norm = SwitchableNorm(made.x.shape[1], EPS, affine=False, track_running_stats=False)
+        with torch.no_grad():
+            for p in made.norm.parameters():
+                p.normal_(generator=generator)
+        made.weight = made.bias = None
+        return made
+
+    return make
 
 
 def _switched(norm: SwitchableNorm, x: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor]) -> Tensor:
@@ -362,15 +336,6 @@ def _switch_merged(d: Data) -> Tensor:
     return _switched(d.norm, d.x, means, [var, around[1].mean(1, keepdim=True), around[2].mean(0, keepdim=True)])
 
 
-def _switch_squares(d: Data) -> Tensor:
-    """As the authors of Switchable Norm write it, but for biased variances."""
-    var, mean = torch.var_mean(d.x, (2, 3), correction=0, keepdim=True)
-    square = var + mean.square()
-    means = [mean, mean.mean(1, keepdim=True), mean.mean(0, keepdim=True)]
-    others = [square.mean(axis, keepdim=True) - means[k].square() for k, axis in ((1, 1), (2, 0))]
-    return _switched(d.norm, d.x, means, [var, *others])
-
-
 def _switch_reference(d: Data) -> tuple[Tensor, Tensor]:
     over = [(2, 3), (1, 2, 3), (0, 2, 3)]
     means = [d.x.mean(dims, keepdim=True) for dims in over]
@@ -385,37 +350,49 @@ def _switch_reference(d: Data) -> tuple[Tensor, Tensor]:
     return (d.x - mean) / sigma, (mean.abs() / sigma).detach()
 
 
-def _switch_case() -> Case:
+def _switch_case(shape: Sequence[int], *, short: bool = False) -> Case:
     return Case(
-        "switchable norm 32x64x56x56",
+        f"switchable norm {'x'.join(map(str, shape))}",
         "expression",
-        _switch,
+        _switch(shape),
         lambda d: d.norm(d.x),
-        [
-            Contender("moments of channels, merged", _switch_merged, module="norm", formula=True),
-            Contender("E[x^2] - E[x]^2 of channels", _switch_squares, module="norm"),
-        ],
+        [Contender("moments of channels, merged", _switch_merged, module="norm", formula=True)],
         _switch_reference,
         sets_survive=False,
-        quick=True,
+        table="torch",
+        short=short,
         module="norm",
     )
 
 
 CASES = [
-    _group_case("group norm", (16, 256, 56, 56), quick=True),
-    _group_case("group norm", (16, 256, 56, 56), last=True, quick=True),
-    _group_case("group norm", (64, 2048, 7, 7)),
-    _group_case("group norm", (64, 2048, 7, 7), last=True),
-    _group_case("group norm, silu", (2, 320, 64, 64), silu=True, quick=True),
-    _group_case("group norm, silu", (2, 1280, 16, 16), silu=True),
-    _group_case("group norm, silu", (1, 128, 512, 512), silu=True),
+    _group_case((2, 32, 8, 16), short=True),
+    _group_case((6, 96, 20, 20)),
+    _group_case((8, 64, 28, 28), short=True),
+    _group_case((4, 512, 9, 9)),
+    _group_case((12, 128, 40, 40)),
+    _group_case((12, 192, 52, 52), short=True),
+    _group_case((24, 224, 56, 56), short=True),
+    _group_case((8, 64, 28, 28), last=True, short=True),
+    _group_case((4, 512, 9, 9), last=True),
+    _group_case((12, 128, 40, 40), last=True),
+    _group_case((12, 192, 52, 52), last=True),
+    _group_case((24, 224, 56, 56), last=True, short=True),
+    _group_case((2, 1280, 16, 16), silu=True),
+    _group_case((2, 320, 64, 64), silu=True, short=True),
+    _group_case((1, 128, 256, 256), silu=True),
+    _running_case(),
+    _switch_case((16, 64, 14, 14)),
+    _switch_case((32, 64, 56, 56), short=True),
+    _region_case((4, 32, 96, 96), table="torch"),
+    _group_case((16, 256, 56, 56), table="peers"),
+    _group_case((16, 256, 56, 56), last=True, table="peers"),
+    _group_case((64, 2048, 7, 7), table="peers"),
+    _group_case((64, 2048, 7, 7), last=True, table="peers"),
     _batch_case(),
     _instance_case(),
     _sensor_case(),
-    _region_case(smooth=True, quick=True),
-    _region_case(smooth=False),
-    _region_case(smooth=True, channelwise=True),
+    _region_case((8, 64, 128, 128), short=True),
+    _region_case((8, 64, 128, 128), channelwise=True),
     _volume_case(),
-    _switch_case(),
 ]

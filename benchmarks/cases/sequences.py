@@ -48,10 +48,10 @@ def _by_layer_norm(d: Data) -> Tensor:
     return torch.addcmul(d.bias, F.layer_norm(v, v.shape[-1:], eps=EPS).view_as(d.x), d.weight)
 
 
-def _by_var_mean(d: Data, norm: Callable[..., Tensor] = handmade.pooled) -> Tensor:
+def _by_var_mean(d: Data) -> Tensor:
     b, t, c = d.x.shape
     v = d.x.view(b, t, d.groups, c // d.groups)
-    return norm(v, (3,), d.weight.view(d.groups, -1), d.bias.view(d.groups, -1)).view_as(d.x)
+    return handmade.pooled(v, (3,), d.weight.view(d.groups, -1), d.bias.view(d.groups, -1)).view_as(d.x)
 
 
 def _packed_first(d: Data, call: Callable[[Data], Tensor]) -> Tensor:
@@ -68,7 +68,7 @@ def _token_reference(d: Data) -> tuple[Tensor, Tensor]:
     return (z, ratio) if d.valid is None else (torch.where(d.valid, z, 0.0), ratio)
 
 
-def _token_case(shape: tuple[int, int, int], *, quick: bool = False) -> Case:
+def _token_case(shape: tuple[int, int, int], *, short: bool = False) -> Case:
     def outside_zero(call: Callable[[Data], Tensor]) -> Callable[[Data], Tensor]:
         return lambda d: call(d).masked_fill_(d.outside, 0.0)
 
@@ -87,7 +87,7 @@ def _token_case(shape: tuple[int, int, int], *, quick: bool = False) -> Case:
             Contender("var_mean, where", lambda d: torch.where(d.valid, _by_var_mean(d), 0.0), formula=True),
         ],
         _token_reference,
-        quick=quick,
+        short=short,
     )
 
 
@@ -101,13 +101,12 @@ def _unmasked_token_case(shape: tuple[int, int, int]) -> Case:
             Contender("torch group_norm", _by_group_norm),
             Contender("torch layer_norm of groups", _by_layer_norm),
             Contender("var_mean", _by_var_mean, formula=True),
-            Contender("var_mean, folded", lambda d: _by_var_mean(d, handmade.folded)),
         ],
         _token_reference,
     )
 
 
-def _layer_case(shape: tuple[int, int, int], *, quick: bool = False) -> Case:
+def _layer_case(shape: tuple[int, int, int], *, table: str = "torch", short: bool = False) -> Case:
     return Case(
         f"layer norm {'x'.join(map(str, shape))}",
         "native",
@@ -116,16 +115,16 @@ def _layer_case(shape: tuple[int, int, int], *, quick: bool = False) -> Case:
         [
             Contender(
                 "torch layer_norm", lambda d: F.layer_norm(d.x, d.x.shape[-1:], d.weight, d.bias, EPS), formula=True
-            ),
-            Contender("var_mean", lambda d: handmade.pooled(d.x, (2,), d.weight, d.bias)),
+            )
         ],
         lambda d: gate.pooled(d.x, (2,)),
-        quick=quick,
+        table=table,
+        short=short,
         fused="layer_norm",
     )
 
 
-def _rms_case(shape: tuple[int, int, int], *, quick: bool = False) -> Case:
+def _rms_case(shape: tuple[int, int, int], *, table: str = "torch") -> Case:
     def formula(d: Data) -> Tensor:
         return d.x * torch.rsqrt(d.x.square().mean(-1, keepdim=True) + EPS) * d.weight
 
@@ -139,7 +138,7 @@ def _rms_case(shape: tuple[int, int, int], *, quick: bool = False) -> Case:
             Contender("mean of squares", formula, formula=True),
         ],
         lambda d: gate.pooled(d.x, (2,), center=False),
-        quick=quick,
+        table=table,
         fused="rms_norm",
     )
 
@@ -198,7 +197,7 @@ def _utterance_reference(d: Data) -> tuple[Tensor, Tensor]:
     return torch.where(d.valid, z.view_as(d.x), 0.0), ratio.expand_as(z).reshape(d.x.shape)
 
 
-def _utterance_case(groups: int, *, quick: bool = False) -> Case:
+def _utterance_case(groups: int, *, short: bool = False) -> Case:
     return Case(
         f"masked utterances, {groups} groups 8x512x15999",
         "expression",
@@ -212,7 +211,7 @@ def _utterance_case(groups: int, *, quick: bool = False) -> Case:
             Contender("loop of group_norm into a buffer", _utterance_into, forward_only=True),
         ],
         _utterance_reference,
-        quick=quick,
+        short=short,
     )
 
 
@@ -254,24 +253,26 @@ def _document_case() -> Case:
         [
             Contender("index_add", handmade.index_add, formula=True),
             Contender("scatter_reduce", handmade.scatter_reduce),
-            Contender("segment_reduce", handmade.segment_reduce),
             Contender("loop of var_mean", handmade.loop),
             Contender("product with one-hot labels", handmade.one_hot),
         ],
         reference,
-        quick=True,
+        short=True,
     )
 
 
 CASES = [
-    _layer_case((32, 512, 768), quick=True),
-    _layer_case((8, 1024, 1024)),
-    _rms_case((32, 512, 768)),
-    _rms_case((8, 1024, 1024)),
+    _layer_case((2, 16, 128), short=True),
+    _layer_case((6, 100, 384), short=True),
+    _layer_case((16, 160, 768)),
+    _layer_case((24, 512, 1024), short=True),
+    _rms_case((24, 512, 1024)),
+    _layer_case((32, 512, 768), table="peers"),
+    _rms_case((32, 512, 768), table="peers"),
     _unmasked_token_case((32, 512, 768)),
-    _token_case((32, 512, 768), quick=True),
+    _token_case((32, 512, 768), short=True),
     _token_case((8, 1024, 1024)),
     _utterance_case(512),
-    _utterance_case(32),
+    _utterance_case(32, short=True),
     _document_case(),
 ]

@@ -51,31 +51,24 @@ def _loop_into(d: Data) -> Tensor:
     return y
 
 
-def _loop_pooled(d: Data) -> Tensor:
-    bands = zip(d.x.split(d.sizes, 2), d.weight.split(d.sizes), d.bias.split(d.sizes), strict=True)
-    return torch.cat([handmade.pooled(x, (2, 3), w.view(-1, 1), b.view(-1, 1)) for x, w, b in bands], 2)
-
-
-def _case(shape: tuple[int, int, int, int], sizes: list[int], *, quick: bool = False) -> Case:
-    def merged(d: Data, fold: bool = False) -> Tensor:
-        weight, bias = handmade.affine(d)
-        return handmade.parts(d.x, (3,), d.share, weight, bias, fold=fold)
-
+def _case(shape: tuple[int, int, int, int], sizes: list[int], *, short: bool = False) -> Case:
     return Case(
         f"{len(sizes)} unequal bands {'x'.join(map(str, shape))}",
         "expression",
         _data(shape, sizes),
         lambda d: normalize(d.x, "n c f t -> n c band[f]", band=d.band, weight=d.weight, bias=d.bias, affine="f"),
         [
-            Contender("moments of rows, merged", merged, formula=True),
-            Contender("moments of rows, merged and folded", lambda d: merged(d, fold=True)),
+            Contender(
+                "moments of rows, merged",
+                lambda d: handmade.parts(d.x, (3,), d.share, *handmade.affine(d)),
+                formula=True,
+            ),
             Contender("loop of layer_norm", _loop),
             Contender("loop of layer_norm into a buffer", _loop_into, forward_only=True),
-            Contender("loop of var_mean", _loop_pooled),
         ],
         lambda d: gate.in_parts(d.x, 2, d.sizes, (2, 3)),
-        quick=quick,
+        short=short,
     )
 
 
-CASES = [_case((32, 4, 80, 1000), MEL, quick=True), _case((16, 32, 257, 400), LINEAR)]
+CASES = [_case((32, 4, 80, 1000), MEL, short=True), _case((16, 32, 257, 400), LINEAR)]
