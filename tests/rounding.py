@@ -48,7 +48,8 @@ def expected(recipe: Recipe, operands: Operands, dy: torch.Tensor, wide: Recipe)
     """`wide` is the recipe of the same problem in float64."""
     x = operands.x
     eps = torch.finfo(stat_dtype(x.dtype)).eps * (2 if x.dtype == torch.float64 else 1)  # aten is no better then
-    naive = x.numel() * torch.finfo(torch.float64).eps  # the composition sums labels one after another
+    # The composition sums labels one after another, and kernels the weights of rows.
+    naive = x.numel() * torch.finfo(torch.float64).eps
     few = FEW * eps + naive
     given, dy = widened(operands), dy.double()
     sets, params, mask = wide.sets, wide.params, wide.mask
@@ -90,7 +91,7 @@ def expected(recipe: Recipe, operands: Operands, dy: torch.Tensor, wide: Recipe)
     through = ec1 + most * ec2 + e * c2 + FEW * eps * (c1 + most * c2)
     scale = 1.0 if recipe.membership else weights
     grads = aten.backward(wide, given, (m.count, m.mean, m.m2, *(() if m.low is None else (m.low,))), dy)
-    edx = (factor * (eg + scale * through + FEW * eps * (g.abs() + scale * (c1 + most * c2)))).expand(sets.axes.sizes)
+    edx = (factor * (eg + scale * through + few * (g.abs() + scale * (c1 + most * c2)))).expand(sets.axes.sizes)
 
     dmask = None
     if mask is not None and not recipe.membership:

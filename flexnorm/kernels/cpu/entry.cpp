@@ -1,10 +1,14 @@
 #include "entry.h"
 
+// Compiled from kernel.cpp, by vector width and dtype of statistics.
 #if defined(__x86_64__)
-namespace avx512 { int run(const Form&, const Call&); }
-namespace avx2 { int run(const Form&, const Call&); }
+namespace avx512_float { int run(const Form&, const Call&); }
+namespace avx512_double { int run(const Form&, const Call&); }
+namespace avx2_float { int run(const Form&, const Call&); }
+namespace avx2_double { int run(const Form&, const Call&); }
 #endif
-namespace plain { int run(const Form&, const Call&); }
+namespace plain_float { int run(const Form&, const Call&); }
+namespace plain_double { int run(const Form&, const Call&); }
 
 static int widest() {
 #if defined(__x86_64__)
@@ -20,11 +24,12 @@ static int widest() {
 static int width = widest();
 
 int run(const Form& form, const Call& call) {
+    const bool wide = form.dtype == FLOAT64;
 #if defined(__x86_64__)
-    if (width == 0) return avx512::run(form, call);
-    if (width == 1) return avx2::run(form, call);
+    if (width == 0) return wide ? avx512_double::run(form, call) : avx512_float::run(form, call);
+    if (width == 1) return wide ? avx2_double::run(form, call) : avx2_float::run(form, call);
 #endif
-    return plain::run(form, call);
+    return wide ? plain_double::run(form, call) : plain_float::run(form, call);
 }
 
 int vector_width() { return width; }

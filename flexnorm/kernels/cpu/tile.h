@@ -1,5 +1,5 @@
 // Loops over columns that lie side by side: all arithmetic is here. No loop knows what a set is.
-// S is the dtype in memory, T that of statistics (float or double); sums are double.
+// T is the dtype of statistics (float or double); sums are double.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -26,22 +26,19 @@
 
 namespace ARCH {
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+// --- half precision, as bits
 
-// --- dtypes
-
-inline void load(const bf16* RESTRICT x, float* RESTRICT out, int64_t n) {
+inline void of_bfloat16(const uint16_t* RESTRICT x, float* RESTRICT out, int64_t n) {
     uint32_t* bits = reinterpret_cast<uint32_t*>(out);
-    SIMD for (int64_t k = 0; k < n; ++k) bits[k] = uint32_t(x[k].bits) << 16;
+    SIMD for (int64_t k = 0; k < n; ++k) bits[k] = uint32_t(x[k]) << 16;
 }
 
-inline void store(const float* RESTRICT x, bf16* RESTRICT out, int64_t n) {
+inline void to_bfloat16(const float* RESTRICT x, uint16_t* RESTRICT out, int64_t n) {
     const uint32_t* bits = reinterpret_cast<const uint32_t*>(x);
     SIMD for (int64_t k = 0; k < n; ++k) {
         uint32_t u = bits[k];
         uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-        out[k].bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+        out[k] = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
     }
 }
 
@@ -74,23 +71,34 @@ inline uint16_t narrow(float f) {
     return uint16_t(sign | ((u + 0xfff + ((u >> 13) & 1) - 0x38000000) >> 13));
 }
 
-inline void load(const f16* RESTRICT x, float* RESTRICT out, int64_t n) {
+inline void of_float16(const uint16_t* RESTRICT x, float* RESTRICT out, int64_t n) {
     int64_t k = 0;
 #if defined(__F16C__)
     for (; k + 8 <= n; k += 8)
         _mm256_storeu_ps(out + k, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + k))));
 #endif
-    for (; k < n; ++k) out[k] = wide(x[k].bits);
+    for (; k < n; ++k) out[k] = wide(x[k]);
 }
 
-inline void store(const float* RESTRICT x, f16* RESTRICT out, int64_t n) {
+inline void to_float16(const float* RESTRICT x, uint16_t* RESTRICT out, int64_t n) {
     int64_t k = 0;
 #if defined(__F16C__)
     for (; k + 8 <= n; k += 8)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + k), _mm256_cvtps_ph(_mm256_loadu_ps(x + k), 0));
 #endif
-    for (; k < n; ++k) out[k].bits = narrow(x[k]);
+    for (; k < n; ++k) out[k] = narrow(x[k]);
 }
+
+inline void widen(int64_t dtype, const uint16_t* x, float* out, int64_t n) {
+    if (dtype == BFLOAT16) of_bfloat16(x, out, n);
+    else of_float16(x, out, n);
+}
+inline void narrow(int64_t dtype, const float* x, uint16_t* out, int64_t n) {
+    if (dtype == BFLOAT16) to_bfloat16(x, out, n);
+    else to_float16(x, out, n);
+}
+inline void widen(int64_t, const uint16_t*, double*, int64_t) {}  // there is no such dtype of double statistics
+inline void narrow(int64_t, const double*, uint16_t*, int64_t) {}
 
 // --- packs: N elements that lie side by side, in as many vectors of this machine as they take. So loops are written once,
 // and what they add is added in the same order on every machine.
@@ -149,6 +157,15 @@ struct Pack {
         return a;
     }
 };
+
+// a where the weight is above 0, and 0 elsewhere.
+template <class T, int N>
+INLINE Pack<T, N> where_positive(const Pack<T, N>& weight, const Pack<T, N>& a) {
+    using V = typename Pack<T, N>::V;
+    Pack<T, N> b;
+    for (int i = 0; i < Pack<T, N>::COUNT; ++i) b.v[i] = weight.v[i] > 0 ? a.v[i] : V{};
+    return b;
+}
 
 // The lower and the upper half of a vector. Compilers send it through memory, and wait for it, unless they are told.
 template <class H, class V>
@@ -241,50 +258,6 @@ struct Each {
     Each from(int64_t k) const { return {p + k}; }
 };
 
-// Where results go: to their place, or past the caches to it, which saves reading what is overwritten. Then lines have to be
-// written whole: `head` columns come before the first whole one.
-template <class T>
-struct Place {
-    T* p;
-    Place operator+(int64_t k) const { return {p + k}; }
-    int64_t head(int64_t) const { return 0; }
-    template <class P>
-    INLINE void put(const P& a, int64_t k) const { a.store(p + k); }
-};
-template <class T>
-struct Past {
-    T* p;
-    Past operator+(int64_t k) const { return {p + k}; }
-    int64_t head(int64_t n) const { return n < 64 ? 0 : int64_t((-reinterpret_cast<uintptr_t>(p) & 63) / sizeof(T)); }
-    template <class P>
-    INLINE void put(const P& a, int64_t k) const {
-        using V = typename P::V;
-        for (int i = 0; i < P::COUNT; ++i) {
-            T* to = p + k + i * P::M;
-            if (reinterpret_cast<uintptr_t>(to) % sizeof(V) == 0 && past(to, a.v[i])) continue;
-            *reinterpret_cast<V*>(to) = a.v[i];
-        }
-    }
-    template <class V>
-    static INLINE bool past(T* to, V v) {
-#if defined(__AVX512F__)
-        if constexpr (sizeof(V) == 64) return _mm512_stream_ps(reinterpret_cast<float*>(to), __m512(v)), true;
-#endif
-#if defined(__AVX2__)
-        if constexpr (sizeof(V) == 32) return _mm256_stream_ps(reinterpret_cast<float*>(to), __m256(v)), true;
-#endif
-#if defined(__x86_64__)
-        if constexpr (sizeof(V) == 16) return _mm_stream_ps(reinterpret_cast<float*>(to), __m128(v)), true;
-#endif
-        return false;
-    }
-    // Before another thread reads it.
-    static void done() {
-#if defined(__x86_64__)
-        _mm_sfence();
-#endif
-    }
-};
 
 // A number of columns; one of which eight divides leaves short runs without a rest.
 struct Any {
@@ -296,17 +269,16 @@ struct Eights {
 
 // f(a pack of the wanted size, k) for all columns.
 template <class T, class F>
-INLINE void sweep(Any columns, F&& f, int64_t head = 0) {
+INLINE void sweep(Any columns, F&& f) {
     constexpr int W = WIDTH<T>;
     int64_t k = 0, n = columns.n;
-    for (; k < head; ++k) f(Pack<T, 1>{}, k);
     for (; k + W <= n; k += W) f(Pack<T, W>{}, k);
     if (k + W / 2 <= n) f(Pack<T, W / 2>{}, k), k += W / 2;
     if (k + W / 4 <= n) f(Pack<T, W / 4>{}, k), k += W / 4;
     for (; k < n; ++k) f(Pack<T, 1>{}, k);
 }
 template <class T, class F>
-INLINE void sweep(Eights columns, F&& f, int64_t = 0) {
+INLINE void sweep(Eights columns, F&& f) {
     for (int64_t k = 0; k < columns.n; k += 8) f(Pack<T, 8>{}, k);
 }
 
@@ -503,24 +475,24 @@ class Flow {
     T rest[BLOCK];
 };
 
-// With weights along the columns, in doubles; not more of them one after another than a tree has.
-constexpr int64_t CHAIN = 512;
+// The same with weights along the columns, in doubles.
+template <class T>
+struct WeightedDeviations {
+    const T *x, *w;
+    double shift;
+    template <class P>
+    INLINE void operator()(P* t, int64_t k) const {
+        t[0] = widened(Pack<T, P::SIZE>::load(w + k));
+        P d = where_positive(t[0], widened(Pack<T, P::SIZE>::load(x + k)) - P::all(shift));  // what weighs nothing may be NaN
+        t[1] = t[0] * d, t[2] = t[1] * d;
+    }
+};
 
 template <class T>
-inline void run_sums(const T* RESTRICT x, const T* RESTRICT w, int64_t n, double shift, double& c, double& s,
-                     double& q) {
-    for (int64_t begin = 0; begin < n; begin += CHAIN) {
-        double a = 0, b = 0, total = 0;
-#pragma omp simd reduction(+ : a, b, total)
-        for (int64_t k = begin; k < std::min(n, begin + CHAIN); ++k) {
-            double d = w[k] > 0 ? double(x[k]) - shift : 0.0;  // what weighs nothing may be NaN
-            double wd = double(w[k]) * d;
-            a += wd;
-            b += wd * d;
-            total += w[k];
-        }
-        c += total, s += a, q += b;
-    }
+inline void run_sums(const T* x, const T* w, int64_t n, double shift, double& c, double& s, double& q) {
+    double sums[3] = {};
+    reduce<double, 3>(Any{n}, sums, WeightedDeviations<T>{x, w, shift});
+    c += sums[0], s += sums[1], q += sums[2];
 }
 
 // --- sums of a set per column, over rows
@@ -581,31 +553,29 @@ inline void lane_sums(const T* RESTRICT x, const M* RESTRICT m, int64_t n, bool 
 
 template <class V>
 struct Standard {
-    V high, r, c;
-    Standard from(int64_t k) const { return {high.from(k), r.from(k), c.from(k)}; }
+    V high, rate, carry;
+    Standard from(int64_t k) const { return {high.from(k), rate.from(k), carry.from(k)}; }
     template <class P>
     INLINE P xhat(const typename P::Value* x, int64_t k) const {
-        return (P::load(x + k) - high.template at<P>(k)) * r.template at<P>(k) + c.template at<P>(k);
+        return (P::load(x + k) - high.template at<P>(k)) * rate.template at<P>(k) + carry.template at<P>(k);
     }
 };
 template <class V>
 Standard(V, V, V) -> Standard<V>;
 
 // (x - mean) / sigma * weight + bias
-template <class T, class O, class V, class W, class N>
-INLINE void normalize(const T* x, O y, N n, const Standard<V>& m, W w, W b) {
-    auto each = [=](auto pack, int64_t k) INLINE_LAMBDA {
+template <class T, class V, class W, class N>
+INLINE void normalize(const T* x, T* y, N n, const Standard<V>& m, W w, W b) {
+    sweep<T>(n, [=](auto pack, int64_t k) INLINE_LAMBDA {
         using P = decltype(pack);
-        y.put(m.template xhat<P>(x, k) * w.template at<P>(k) + b.template at<P>(k), k);
-    };
-    sweep<T>(n, each, y.head(n.n));
+        (m.template xhat<P>(x, k) * w.template at<P>(k) + b.template at<P>(k)).store(y + k);
+    });
 }
 
 // The same, with r and c already times the weight, and the bias in c.
-template <class T, class O, class V, class N>
-INLINE void normalize(const T* x, O y, N n, const Standard<V>& m) {
-    auto each = [=](auto pack, int64_t k) INLINE_LAMBDA { y.put(m.template xhat<decltype(pack)>(x, k), k); };
-    sweep<T>(n, each, y.head(n.n));
+template <class T, class V, class N>
+INLINE void normalize(const T* x, T* y, N n, const Standard<V>& m) {
+    sweep<T>(n, [=](auto pack, int64_t k) INLINE_LAMBDA { m.template xhat<decltype(pack)>(x, k).store(y + k); });
 }
 
 // The same of eight rows at once.
@@ -613,21 +583,41 @@ template <class T, class V>
 INLINE void normalize_eight(const T* const* x, T* const* y, int64_t n, const Standard<V>& m) {
     sweep<T>(Any{n}, [=](auto pack, int64_t k) INLINE_LAMBDA {
         using P = decltype(pack);
-        const P high = m.high.template at<P>(k), r = m.r.template at<P>(k), c = m.c.template at<P>(k);
+        const P high = m.high.template at<P>(k), r = m.rate.template at<P>(k), c = m.carry.template at<P>(k);
         for (int j = 0; j < 8; ++j) ((P::load(x[j] + k) - high) * r + c).store(y[j] + k);
     });
 }
 
-template <class T, class O>
-INLINE void copy(const T* x, O y, int64_t n) {
-    auto each = [=](auto pack, int64_t k) INLINE_LAMBDA { y.put(decltype(pack)::load(x + k), k); };
-    sweep<T>(Any{n}, each, y.head(n));
+// Past the caches, which saves reading what is overwritten. Whole lines are written so; of others a part has to be read.
+template <class T>
+inline void copy_past(const T* x, T* y, int64_t n) {
+    int64_t k = 0;
+#if defined(__x86_64__)
+    constexpr int64_t LINE = 64 / sizeof(T);
+    if (n >= 64) {
+        k = int64_t((-reinterpret_cast<uintptr_t>(y) & 63) / sizeof(T));
+        std::memcpy(y, x, sizeof(T) * size_t(k));
+        for (; k + LINE <= n; k += LINE)
+            for (int64_t at = 0; at < 64; at += REGISTER) {
+                const char* from = reinterpret_cast<const char*>(x + k) + at;
+                char* to = reinterpret_cast<char*>(y + k) + at;
+#if defined(__AVX512F__)
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__AVX2__)
+                _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+                _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+            }
+    }
+#endif
+    std::memcpy(y + k, x + k, sizeof(T) * size_t(n - k));
 }
-
-template <class T, class O>
-INLINE void clear(O y, int64_t n) {
-    auto each = [=](auto pack, int64_t k) INLINE_LAMBDA { y.put(decltype(pack)::all(T(0)), k); };
-    sweep<T>(Any{n}, each, y.head(n));
+// Before another thread reads it.
+inline void past_done() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
 }
 
 // r * w and c * w + b: what is left of the moments and the parameters of a column
@@ -838,7 +828,7 @@ template <class T, class V>
 INLINE void lane_dots_eight(const T* const* x, const T* const* dz, int64_t n, const Standard<V>& m, T* a, T* b) {
     sweep<T>(Any{n}, [=](auto pack, int64_t k) INLINE_LAMBDA {
         using P = decltype(pack);
-        const P high = m.high.template at<P>(k), r = m.r.template at<P>(k), c = m.c.template at<P>(k);
+        const P high = m.high.template at<P>(k), r = m.rate.template at<P>(k), c = m.carry.template at<P>(k);
         P g[8], gx[8];
         for (int j = 0; j < 8; ++j) g[j] = P::load(dz[j] + k), gx[j] = g[j] * ((P::load(x[j] + k) - high) * r + c);
         add_to(a + k, ((g[0] + g[1]) + (g[2] + g[3])) + ((g[4] + g[5]) + (g[6] + g[7])));
@@ -847,15 +837,14 @@ INLINE void lane_dots_eight(const T* const* x, const T* const* dz, int64_t n, co
 }
 
 // dx = (dz * w - (c1 + xhat * c2) * share) / sigma
-template <class T, class O, class V, class W, class U, class N>
-INLINE void gradient(const T* x, const T* dz, O dx, N n, const Standard<V>& m, W w, V c1, V c2, U share) {
-    auto each = [=](auto pack, int64_t k) INLINE_LAMBDA {
+template <class T, class V, class W, class U, class N>
+INLINE void gradient(const T* x, const T* dz, T* dx, N n, const Standard<V>& m, W w, V c1, V c2, U share) {
+    sweep<T>(n, [=](auto pack, int64_t k) INLINE_LAMBDA {
         using P = decltype(pack);
         P g = P::load(dz + k) * w.template at<P>(k);
         P through = c1.template at<P>(k) + m.template xhat<P>(x, k) * c2.template at<P>(k);
-        dx.put((g - through * share.template at<P>(k)) * m.r.template at<P>(k), k);
-    };
-    sweep<T>(n, each, dx.head(n.n));
+        ((g - through * share.template at<P>(k)) * m.rate.template at<P>(k)).store(dx + k);
+    });
 }
 
 // The same of eight rows at once, of which each has a share of one.
@@ -863,7 +852,7 @@ template <class T, class V, class W>
 INLINE void gradient_eight(const T* const* x, const T* const* dz, T* const* dx, int64_t n, const Standard<V>& m, W w, V c1, V c2) {
     sweep<T>(Any{n}, [=](auto pack, int64_t k) INLINE_LAMBDA {
         using P = decltype(pack);
-        const P high = m.high.template at<P>(k), r = m.r.template at<P>(k), c = m.c.template at<P>(k);
+        const P high = m.high.template at<P>(k), r = m.rate.template at<P>(k), c = m.carry.template at<P>(k);
         const P weight = w.template at<P>(k), mean = c1.template at<P>(k), slope = c2.template at<P>(k);
         for (int j = 0; j < 8; ++j) {
             P xhat = (P::load(x[j] + k) - high) * r + c;
