@@ -34,6 +34,7 @@ from .gradients import (
     corrected,
     has_partner,
     is_share,
+    itself,
     measured,
     moments_of,
     normalized,
@@ -246,7 +247,8 @@ def _routed(call: Call, tracked: bool) -> Result:
         y = Normalize.apply(how, kept, *operands)  # type: ignore[no-untyped-call]
         return Result(y, None if kept is None else how.moments(x, tuple(kept)))
     if not tracked:
-        return Result(how.room.evaluate(recipe, operands))
+        y = how.room.evaluate(recipe, operands)
+        return Result(y if torch.is_grad_enabled() else itself(y))  # a view made now could not be changed later
     y, kept_ = how.room.forward(recipe, operands)
     return Result(y, how.moments(x, kept_))
 
@@ -309,7 +311,7 @@ def _own(call: Call) -> tuple[Moments, Applied | None]:
         _check_placed(call)
     elif unwatched(x) and torch.is_grad_enabled() and has_partner(formula.options, x, mask) and not x.is_complex():
         recipe, operands = formula.prepare(x, mask, stages, labels)
-        how, differentiated = _backend(recipe, operands, operands, "asked for")
+        how, differentiated = _backend(recipe, operands, operands, "needed first")
         if differentiated and how.room is not aten:
             *fields, x_again, place = Statistics.apply(how, True, *_for_partner(operands))  # type: ignore[no-untyped-call]
 
@@ -354,7 +356,7 @@ def own_moments(
     if ranks.groups:
         ranks.agree(recipe, x.dtype, differentiated=differentiated, needed=differentiated)
     seen = seen_through((x, mask)) or (differentiated and mask is not None and mask.requires_grad)
-    plan = choose(recipe, operands, differentiated=differentiated, transformed=seen, moments="asked for")
+    plan = choose(recipe, operands, differentiated=differentiated, transformed=seen, moments="needed first")
     how = Composed(recipe, ROOMS[plan.room])
     if differentiated and not seen and plan.room != "aten":
         m = Moments(*Statistics.apply(how, False, x, mask, None, None))  # type: ignore[no-untyped-call]
@@ -392,7 +394,7 @@ def _of_whole(recipe: Recipe, operands: Operands, ranks: Ranks, wholes: Sequence
     # Of weights, the kernels know the derivative of a variance that is theirs alone.
     shared = wholes[-1] is not ranks and operands.mask is not None and operands.mask.requires_grad
     transformed = seen_through(operands) or (differentiated and shared)
-    plan = choose(recipe, operands, differentiated=differentiated, transformed=transformed, moments="asked for")
+    plan = choose(recipe, operands, differentiated=differentiated, transformed=transformed, moments="needed first")
     how, step = Composed(recipe, ROOMS[plan.room]), Step(wholes, needed)
     if differentiated and not transformed:
         kept: list[Moments] = []
