@@ -248,7 +248,9 @@ def _routed(call: Call, tracked: bool) -> Result:
         return Result(y, None if kept is None else how.moments(x, tuple(kept)))
     if not tracked:
         y = how.room.evaluate(recipe, operands)
-        return Result(y if torch.is_grad_enabled() else itself(y))  # a view made now could not be changed later
+        if torch.is_grad_enabled() or seen_through(operands):
+            return Result(y)
+        return Result(itself(y))  # a view that is made without gradients could not be changed later
     y, kept_ = how.room.forward(recipe, operands)
     return Result(y, how.moments(x, kept_))
 

@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..sets import Sets
 from ..statistics import Moments
 from . import aten
 from .aten import apply as apply
@@ -101,34 +102,22 @@ class _Order:
     """The axes of x in the order of `group_norm`, those of a kind as they lie in memory.
 
     Attributes:
-        recipe: what is computed.
+        sets, params: those of the recipe.
         like: a result, without memory: it says how results lie.
         axes: places of the axes, those of size 1 first.
         kinds: how many axes are samples, groups, channels and places.
     """
 
-    recipe: Recipe
+    sets: Sets
+    params: Sets | None
     like: Tensor
     axes: tuple[int, ...]
     kinds: tuple[int, int, int, int]
 
-    @classmethod
-    def of(cls, recipe: Recipe, x: Tensor) -> _Order:
-        like = torch.empty_like(x, device="meta")
-        sizes, kept = recipe.sets.axes.sizes, recipe.sets.kept
-        affine = frozenset() if recipe.params is None else recipe.params.kept
-        strides = like.view(sizes).stride()
-        kind = [(place not in kept) * 2 + ((place in affine) == (place in kept)) for place in range(len(sizes))]
-        real = [place for place, size in enumerate(sizes) if size != 1]
-        real.sort(key=lambda place: (kind[place], -strides[place]))
-        units = [place for place, size in enumerate(sizes) if size == 1]
-        counts = [sum(kind[place] == k for place in real) for k in range(4)]
-        return cls(recipe, like, (*units, *real), (counts[0], counts[1], counts[2], counts[3]))
-
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Of the axes, in this order."""
-        return tuple(self.recipe.sets.axes.sizes[axis] for axis in self.axes)
+        return tuple(self.sets.axes.sizes[axis] for axis in self.axes)
 
     @cached_property
     def norm(self) -> tuple[int, int, int, int]:
@@ -151,8 +140,13 @@ class _Order:
         n = lead if one else 1
         return (math.prod(sizes[:n]), *sizes[n:])
 
+    @cached_property
+    def pooled(self) -> range:
+        """The pooled axes of `shape`."""
+        return range(len(self.shape) - self.kinds[2] - self.kinds[3], len(self.shape))
+
     def _turned(self, t: Tensor) -> Tensor:
-        return t.reshape(self.recipe.sets.axes.sizes).permute(self.axes)
+        return t.reshape(self.sets.axes.sizes).permute(self.axes)
 
     def turned(self, t: Tensor) -> Tensor:
         """A tensor like x in this order and shape; a view, of what has the memory of a result."""
@@ -168,46 +162,40 @@ class _Order:
         rows.copy_(t.view(rows.shape))
         return result
 
-    @cached_property
-    def pooled(self) -> range:
-        """The pooled axes of `shape`."""
-        return range(len(self.shape) - self.kinds[2] - self.kinds[3], len(self.shape))
-
-    def params(self, t: Tensor | None) -> Tensor | None:
-        """Weight or bias, [groups, channels]."""
-        if t is None:
-            return None
-        assert self.recipe.params is not None
-        t = self.recipe.params.inward(t.detach().to(stat_dtype(self.like.dtype)))
-        return t.permute(self.axes).reshape(self.norm[1:3])
-
-    def of_part(self, t: Tensor | None, part: slice) -> Tensor | None:
-        """What of a parameter belongs to a part."""
-        if t is None or self.kinds[0]:
-            return t if t is None else t.flatten()
-        return t.view(self.shape[0], -1)[part].flatten()
-
-    def gradient(self, of_parts: list[Tensor], like: Tensor | None) -> Tensor | None:
-        """The gradient of a parameter."""
-        if like is None:
-            return None
-        params = self.recipe.params
-        assert params is not None
-        t = torch.stack(of_parts).sum(0) if self.kinds[0] else torch.cat(of_parts)
-        return params.outward(self._back(t, params.internal_shape)).to(like.dtype)
-
-    def of_sets(self, t: Tensor) -> Tensor:
-        """What is kept of the sets in their internal shape."""
-        return self._back(t, self.recipe.sets.internal_shape)
-
     def _back(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
         back = sorted(range(len(self.axes)), key=self.axes.__getitem__)
         return t.reshape([shape[axis] for axis in self.axes]).permute(back)
 
-    def sets(self, t: Tensor) -> Tensor:
+    def of_sets(self, t: Tensor) -> Tensor:
+        """What is kept of the sets, in their internal shape."""
+        return self._back(t, self.sets.internal_shape)
+
+    def to_keep(self, t: Tensor) -> Tensor:
         """The reverse."""
         shape = [1 if axis in self.pooled else size for axis, size in enumerate(self.shape)]
-        return t.expand(self.recipe.sets.internal_shape).permute(self.axes).reshape(shape)
+        return t.expand(self.sets.internal_shape).permute(self.axes).reshape(shape)
+
+    def param(self, t: Tensor | None) -> Tensor | None:
+        """Weight or bias, [groups, channels]."""
+        if t is None:
+            return None
+        assert self.params is not None
+        t = self.params.inward(t.detach().to(stat_dtype(self.like.dtype)))
+        return t.permute(self.axes).reshape(self.norm[1:3])
+
+    def of_part(self, param: Tensor | None, part: slice) -> Tensor | None:
+        """What of it belongs to a part."""
+        if param is None:
+            return None
+        return param.flatten() if self.kinds[0] else param.view(self.shape[0], -1)[part].flatten()
+
+    def gradient(self, of_parts: list[Tensor], param: Tensor | None) -> Tensor | None:
+        """The gradient of a parameter."""
+        if param is None:
+            return None
+        assert self.params is not None
+        t = torch.stack(of_parts).sum(0) if self.kinds[0] else torch.cat(of_parts)
+        return self.params.outward(self._back(t, self.params.internal_shape)).to(param.dtype)
 
     def parts(self) -> Iterator[tuple[slice, tuple[int, int, int, int]]]:
         """Parts of the first axis, and what `norm` is of each."""
@@ -219,6 +207,26 @@ class _Order:
                 yield slice(first, first + n), (n * samples // lead, groups, channels, places)
             else:
                 yield slice(first, first + n), (1, n * groups // lead, channels, places)
+
+
+def _order(recipe: Recipe, x: Tensor) -> _Order:
+    return _ordered(recipe.sets, recipe.params, x.shape, x.stride(), x.dtype)
+
+
+@lru_cache(maxsize=1024)
+def _ordered(
+    sets: Sets, params: Sets | None, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> _Order:
+    like = torch.empty_like(torch.empty_strided(shape, strides, dtype=dtype, device="meta"))
+    sizes, kept = sets.axes.sizes, sets.kept
+    affine = frozenset() if params is None else params.kept
+    kind = [(place not in kept) * 2 + ((place in affine) == (place in kept)) for place in range(len(sizes))]
+    units = [place for place, size in enumerate(sizes) if size == 1]
+    steps = like.view(sizes).stride()
+    real = [place for place in range(len(sizes)) if place not in units]
+    real.sort(key=lambda place: (kind[place], -steps[place]))
+    samples, groups, channels, places = (sum(kind[place] == k for place in real) for k in range(4))
+    return _Order(sets, params, like, (*units, *real), (samples, groups, channels, places))
 
 
 def _shift(order: _Order, x: Tensor) -> Tensor:
@@ -278,8 +286,8 @@ def _gradients(
 
 
 def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Kept]:
-    order = _Order.of(recipe, operands.x)
-    x, weight, bias = order.turned(operands.x), order.params(operands.weight), order.params(operands.bias)
+    order = _order(recipe, operands.x)
+    x, weight, bias = order.turned(operands.x), order.param(operands.weight), order.param(operands.bias)
     shift, means, rstds, y = _shift(order, x), [], [], None
     for part, norm in order.parts():
         s, affine = shift[part], (order.of_part(weight, part), order.of_part(bias, part))
@@ -298,9 +306,9 @@ def forward(recipe: Recipe, operands: Operands) -> tuple[Tensor, Kept]:
 
 
 def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor, *, of_mask: bool = True) -> Gradients:
-    order = _Order.of(recipe, operands.x)
+    order = _order(recipe, operands.x)
     x, dy = order.turned(operands.x), order.turned(dy)
-    weight, bias = order.params(operands.weight), order.params(operands.bias)
+    weight, bias = order.param(operands.weight), order.param(operands.bias)
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # torch gives the gradient of a bias beside that of a weight
     shift, mean, rstd = kept
@@ -319,7 +327,7 @@ def backward(recipe: Recipe, operands: Operands, kept: Kept, dy: Tensor, *, of_m
 
 
 def moments(recipe: Recipe, operands: Operands, kept: Kept) -> Moments:
-    order = _Order.of(recipe, operands.x)
+    order = _order(recipe, operands.x)
     shift, mean, rstd = (order.of_sets(t) for t in kept)
     n = operands.x.numel() // recipe.sets.count
     high = shift + mean
@@ -335,7 +343,7 @@ def statistics(recipe: Recipe, operands: Operands) -> Moments:
 
 
 def keep(recipe: Recipe, operands: Operands, moments: Moments) -> Kept:
-    order = _Order.of(recipe, operands.x)
+    order = _order(recipe, operands.x)
     low = torch.zeros_like(moments.mean) if moments.low is None else moments.low
-    shift, mean, rstd = (order.sets(t) for t in (moments.mean, low, aten.inverse_sigma(recipe, moments)))
+    shift, mean, rstd = (order.to_keep(t) for t in (moments.mean, low, aten.inverse_sigma(recipe, moments)))
     return shift, mean, rstd
