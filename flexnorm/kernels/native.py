@@ -33,7 +33,7 @@ from .aten import backward_sums as backward_sums
 from .interface import Gradients, Kept, Operands, Recipe, stat_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PART = 2**20  # elements for each thread: what is written between two operations is read from a cache
+PART = 2**21  # elements for each thread: what is written between two operations is read from a cache
 MEMBERS = 16  # of a set that the shift is the mean of, at most; and one in 8
 FAR = 3.0
 ROWS = 2**12  # of a part, at most: torch adds the gradients of a parameter one after another
