@@ -386,7 +386,7 @@ def _plan(
         return choose(recipe, operands, differentiated=True, moments=asked)
     halves = complexes.in_parts(formula)  # real and imaginary part are one more axis
     inner, of_parts = halves.prepare(complexes.parts(operands.x), operands.mask, (), partitions)
-    return choose(inner, of_parts, differentiated=True, moments="asked for")
+    return choose(inner, of_parts, differentiated=True, moments="needed first")
 
 
 class _Tally(NamedTuple):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import os
+import threading
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 INTERFACE = 5  # that of module.cpp
 PAGES = ("ask", "fresh", "resident")  # FLEXNORM_PAGES: what is known of the pages of large results (pages.h)
+=======
+INTERFACE = 4  # that of module.cpp
+LARGE = 2**20  # elements of a call that makes it worth a warning that there is no library
+_LEFT_OUT = "the C++ kernels are left out by FLEXNORM_CPU=0"
+_warned = threading.Lock()  # held from the first warning on
+>>>>>>> w-native
 
 
 @cache
@@ -24,7 +33,7 @@ def library() -> Any:
     ask the system: whether the memory of a large result has to be made page by page.
     """
     if os.environ.get("FLEXNORM_CPU") == "0":
-        return "the C++ kernels are left out by FLEXNORM_CPU=0"
+        return _LEFT_OUT
     path = Path(__file__).with_name("kernels") / "cpu" / "_kernels.abi3.so"
     if not path.exists():
         return "the C++ kernels were not built: there was no compiler when flexnorm was installed"
@@ -41,6 +50,17 @@ def library() -> Any:
         return "the C++ kernels are those of another version: install flexnorm again"
     set_up(found, getattr(Tensor, "__dlpack_c_exchange_api__", None))
     return found
+
+
+def warn_if_missing() -> None:
+    """One warning in a process, of a library that somebody may miss: it was not left out on purpose."""
+    why = library()
+    if type(why) is str and why != _LEFT_OUT and _warned.acquire(blocking=False):
+        warnings.warn(
+            f"flexnorm: {why}. torch's operations take their place, several times slower on a CPU. To get them, with a "
+            "C++17 compiler and Python's headers (Debian: python3-dev): pip install --force-reinstall flexnorm",
+            stacklevel=2,
+        )
 
 
 def set_up(module: Any, exchange: Any) -> None:

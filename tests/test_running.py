@@ -11,9 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from flexnorm import Norm, SpecError, calibrate, moments, normalize
+from flexnorm.library import library
 
 D = torch.float64
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}  # sums of some ten numbers of order 1, in float64
+# Without the library, torch's fused operations give no moments with gradients, and the composition takes their place.
+SAME = CLOSE if isinstance(library(), str) else {"rtol": 0, "atol": 0}
 
 LAYERS = [
     (nn.BatchNorm1d, (8, 6)),
@@ -244,13 +247,14 @@ def test_updated_is_what_training_does(pattern, labels, momentum):
     for _ in range(3):
         x, before = torch.randn(6, 3, dtype=D), kept(ours)
         y, seen = torch.func.functional_call(ours, buffers, (x,), {**labels, "return_moments": True})
-        torch.testing.assert_close(y, inplace(x, **labels), rtol=0, atol=0)
+        torch.testing.assert_close(y, inplace(x, **labels), **SAME)
         assert_unchanged(ours, before)
         functional = copy.deepcopy(ours)
         functional.load_state_dict(buffers)
         buffers = functional.updated(seen)
         for name, value in kept(inplace).items():  # a step of lerp rounds twice, fused once
-            torch.testing.assert_close(buffers[name], value, rtol=2 * torch.finfo(D).eps, atol=torch.finfo(D).eps)
+            rounded = SAME if SAME is CLOSE else {"rtol": 2 * torch.finfo(D).eps, "atol": torch.finfo(D).eps}
+            torch.testing.assert_close(buffers[name], value, **rounded)
     evaluated = torch.func.functional_call(ours.eval(), buffers, (x,), labels)
     torch.testing.assert_close(evaluated, inplace.eval()(x, **labels), rtol=1e-14, atol=1e-14)
 
@@ -323,7 +327,7 @@ def test_returned_moments_update_nothing():
     before = kept(norm)
     y, seen = norm(x, return_moments=True)
     assert_unchanged(norm, before)
-    assert torch.equal(y, norm(x))
+    torch.testing.assert_close(y, norm(x), **SAME)
     torch.testing.assert_close(seen.mean, x.mean(0), **CLOSE)
     torch.testing.assert_close(seen.unbiased_var()[0], x.var(0), **CLOSE)
     z, used = norm.eval()(x, return_moments=True)  # those that it is normalized by

@@ -18,8 +18,34 @@ from ..watching import any_requires_grad, seen_through, unwatched
 from . import complexes, traced
 from .arguments import Formula, outward_moments
 from .call import ALONE, Call, Result, new
+<<<<<<< HEAD
 from .computing import Bound, Closer, Composed, How, moments_of
 from .gradients import Apply, Normalize, Statistics, Stepped, applied, has_partner, measured, normalized, stepped
+=======
+from .gradients import (
+    Apply,
+    Bound,
+    Closer,
+    Composed,
+    How,
+    Normalize,
+    OneVariance,
+    Statistics,
+    Step,
+    Stepped,
+    any_requires_grad,
+    applied,
+    corrected,
+    has_partner,
+    is_share,
+    itself,
+    measured,
+    moments_of,
+    normalized,
+    seen_through,
+    stepped,
+)
+>>>>>>> w-native
 from .ranks import Ranks, is_dtensor
 from .steps import OneVariance, Step, corrected, is_share
 
@@ -227,7 +253,10 @@ def _routed(call: Call, tracked: bool) -> Result:
         y = Normalize.apply(how, kept, *operands)  # type: ignore[no-untyped-call]
         return Result(y, None if kept is None else how.moments(x, tuple(kept)))
     if not tracked:
-        return Result(how.room.evaluate(recipe, operands))
+        y = how.room.evaluate(recipe, operands)
+        if torch.is_grad_enabled() or seen_through(operands):
+            return Result(y)
+        return Result(itself(y))  # a view that is made without gradients could not be changed later
     y, kept_ = how.room.forward(recipe, operands)
     return Result(y, how.moments(x, kept_))
 
@@ -290,7 +319,7 @@ def _own(call: Call) -> tuple[Moments, Applied | None]:
         _check_placed(call)
     elif unwatched(x) and torch.is_grad_enabled() and has_partner(formula.options, x, mask) and not x.is_complex():
         recipe, operands = formula.prepare(x, mask, stages, labels)
-        how, differentiated = _backend(recipe, operands, operands, "asked for")
+        how, differentiated = _backend(recipe, operands, operands, "needed first")
         if differentiated and how.room is not aten:
             *fields, x_again, place = Statistics.apply(how, True, *_for_partner(operands))  # type: ignore[no-untyped-call]
 
@@ -335,7 +364,7 @@ def own_moments(
     if ranks.groups:
         ranks.agree(recipe, x.dtype, differentiated=differentiated, needed=differentiated)
     seen = seen_through((x, mask)) or (differentiated and mask is not None and mask.requires_grad)
-    plan = choose(recipe, operands, differentiated=differentiated, transformed=seen, moments="asked for")
+    plan = choose(recipe, operands, differentiated=differentiated, transformed=seen, moments="needed first")
     how = Composed(recipe, ROOMS[plan.room])
     if differentiated and not seen and plan.room != "aten":
         m = Moments(*Statistics.apply(how, False, x, mask, None, None))  # type: ignore[no-untyped-call]
@@ -373,7 +402,7 @@ def _of_whole(recipe: Recipe, operands: Operands, ranks: Ranks, wholes: Sequence
     # Of weights, the kernels know the derivative of a variance that is theirs alone.
     shared = wholes[-1] is not ranks and operands.mask is not None and operands.mask.requires_grad
     transformed = seen_through(operands) or (differentiated and shared)
-    plan = choose(recipe, operands, differentiated=differentiated, transformed=transformed, moments="asked for")
+    plan = choose(recipe, operands, differentiated=differentiated, transformed=transformed, moments="needed first")
     how, step = Composed(recipe, ROOMS[plan.room]), Step(wholes, needed)
     if differentiated and not transformed:
         kept: list[Moments] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..library import LARGE, warn_if_missing
 from . import aten, cpu, native, triton
 from .interface import Operands, Recipe
 
@@ -40,7 +41,8 @@ def choose(
     Args:
         differentiated: a first derivative may be asked for.
         transformed: torch.func, forward mode or a tracer must see through.
-        moments: "given" or "asked for", if the moments come from elsewhere or are asked for too.
+        moments: "given" or "needed first", if they come from elsewhere or are worked out before y; "asked for", if y
+            and they are.
     """
     if transformed:
         return Plan("aten", "seen through by torch.func, forward mode or a tracer")
@@ -52,11 +54,12 @@ def _choose(recipe: Recipe, operands: Operands, differentiated: bool, moments: s
     on_cpu = x.device.type == "cpu"
     own = cpu if on_cpu else triton
     refusal = own.refusal(recipe, operands)
-    other = native.refusal(recipe, operands)
-    if moments is not None:
-        other = f"the moments are {moments}"
-    elif differentiated:
-        other = "torch's norms save more than x for a gradient"
+    if refusal is not None and on_cpu and x.numel() >= LARGE:
+        warn_if_missing()
+    if moments in ("given", "needed first"):
+        other: str | None = f"the moments are {moments}"
+    else:
+        other = native.refusal(recipe, operands, alone=not differentiated and moments is None)
     if refusal is None and not on_cpu and other is None and x.numel() < triton.SMALL:
         return Plan("native", "torch's rms_norm is the same, and quicker to start for few elements")
     if refusal is None:
@@ -65,4 +68,6 @@ def _choose(recipe: Recipe, operands: Operands, differentiated: bool, moments: s
         return Plan("cpu" if on_cpu else "triton", f"compiled: {form}{said}")
     if other is not None:
         return Plan("aten", f"{refusal}; {other}")
+    if recipe.center:
+        return Plan("native", f"{refusal}; torch's group_norm of x less a few of its values is exact")
     return Plan("native", "torch's rms_norm is the same")
