@@ -34,7 +34,7 @@ SANITIZE += ["-fno-sanitize-recover=undefined", "-g1", "-O1"]
 
 
 class Kernels(build_ext):
-    """Compiles kernel.cpp for every vector width and dtype of statistics, and links all with entry.cpp and module.cpp."""
+    """Compiles kernel.cpp for every vector width and dtype of statistics, and links all to one module."""
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".abi3.so"

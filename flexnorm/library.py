@@ -14,15 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
 INTERFACE = 5  # that of module.cpp
 PAGES = ("ask", "fresh", "resident")  # FLEXNORM_PAGES: what is known of the pages of large results (pages.h)
-=======
-INTERFACE = 4  # that of module.cpp
 LARGE = 2**20  # elements of a call that makes it worth a warning that there is no library
 _LEFT_OUT = "the C++ kernels are left out by FLEXNORM_CPU=0"
 _warned = threading.Lock()  # held from the first warning on
->>>>>>> w-native
 
 
 @cache

@@ -18,34 +18,8 @@ from ..watching import any_requires_grad, seen_through, unwatched
 from . import complexes, traced
 from .arguments import Formula, outward_moments
 from .call import ALONE, Call, Result, new
-<<<<<<< HEAD
-from .computing import Bound, Closer, Composed, How, moments_of
+from .computing import Bound, Closer, Composed, How, itself, moments_of
 from .gradients import Apply, Normalize, Statistics, Stepped, applied, has_partner, measured, normalized, stepped
-=======
-from .gradients import (
-    Apply,
-    Bound,
-    Closer,
-    Composed,
-    How,
-    Normalize,
-    OneVariance,
-    Statistics,
-    Step,
-    Stepped,
-    any_requires_grad,
-    applied,
-    corrected,
-    has_partner,
-    is_share,
-    itself,
-    measured,
-    moments_of,
-    normalized,
-    seen_through,
-    stepped,
-)
->>>>>>> w-native
 from .ranks import Ranks, is_dtensor
 from .steps import OneVariance, Step, corrected, is_share
 
