@@ -1160,14 +1160,14 @@ def test_a_copy_runs_on_its_library(copy):
 
 def test_left_out_by_the_environment():
     room, reason = python(RUNS, FLEXNORM_CPU="0").splitlines()
-    assert room == "aten the C++ kernels are left out by FLEXNORM_CPU=0"
+    assert room == "native the C++ kernels are left out by FLEXNORM_CPU=0"
     assert "FLEXNORM_CPU=0" in reason
 
 
 def test_a_missing_library(copy):
     (copy / "flexnorm/kernels/cpu/_kernels.abi3.so").unlink()
     room, reason = python(RUNS, where=copy).splitlines()
-    assert room.startswith("aten the C++ kernels were not built")
+    assert room.startswith("native the C++ kernels were not built")
     assert "not built" in reason
 
 
@@ -1175,7 +1175,7 @@ def test_a_library_that_is_none(copy):
     (copy / "flexnorm/kernels/cpu/_kernels.abi3.so").unlink()
     (copy / "flexnorm/kernels/cpu/_kernels.abi3.so").write_bytes(b"no library")
     room, reason = python(RUNS, where=copy).splitlines()
-    assert room.startswith("aten the C++ kernels cannot be loaded")
+    assert room.startswith("native the C++ kernels cannot be loaded")
     assert "cannot be loaded" in reason
 
 
@@ -1186,7 +1186,7 @@ def test_a_library_of_another_version(copy):
     assert text.count("INTERFACE = 5") == 1
     source.write_text(text.replace("INTERFACE = 5", "INTERFACE = 0"))
     room, reason = python(RUNS, where=copy).splitlines()
-    assert room.startswith("aten the C++ kernels are those of another version")
+    assert room.startswith("native the C++ kernels are those of another version")
     assert "another version" in reason
 
 
