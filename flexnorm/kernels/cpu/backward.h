@@ -22,9 +22,8 @@ class Backward : public Parameters {
         }
         if (f.activation && !left) {
             T* dz = leaves_dz ? left_at(row, k) : dz_buffer;
-            if (p.dz != dz) std::memcpy(dz, p.dz, sizeof(T) * size_t(n));
             z(p.x, own.out);
-            activate_backward(f.activation, own.out, dz, n);
+            activate_backward(f.activation, own.out, p.dz, dz, n);
             p.dz = dz;
         }
         return p;
