@@ -324,7 +324,7 @@ class Formula:
         weight, bias = (None if p is None else p.expand(both.shape) for p in _one_after_the_other(first, second))
         return both, weight, bias
 
-    def of_one_stage(self, x: Tensor, params: Sequence[Param], labels: Labels) -> tuple[Formula, list[Param]] | None:
+    def of_one_stage(self, x: Tensor, params: Sequence[Param], labels: Labels) -> tuple[Formula, tuple[Param]] | None:
         """Both affine stages as one, from their shapes alone; None: they have to be looked at more closely."""
         if any(weight is None and bias is None for weight, bias in params) or any(
             n not in labels for n in self.lookups
@@ -351,7 +351,7 @@ class Formula:
                 found.append(t.reshape([size[term] if term in own else 1 for term in both.terms]))
         one = _one_after_the_other(found[:2], found[2:])
         weight, bias = (None if p is None else p.expand(shape) for p in one)
-        return both.formula, [(weight, bias)]
+        return both.formula, ((weight, bias),)
 
 
 class _Stages:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ShapeError, shown
 from ..kernels import ROOMS, Operands, Recipe, Whole, aten, choose, stat_dtype
 from ..library import library
-from ..partition import Partition
+from ..partition import Packed, Partition
 from ..spec import Element, Expr
 from ..statistics import Moments
 from ..watching import any_requires_grad, seen_through, unwatched
@@ -74,18 +74,9 @@ def bound(call: Call, kept: list[Any] | None = None) -> Tensor | None:
 
     `kept` takes what `moments_of` is made of.
     """
-    formula, x, mask, stages, moments, labels, _, center, wholes, _ = call
+    _, x, mask, _, moments, labels, _, center, wholes, _ = call
     try:
-        if len(stages) > 1:
-            one = formula.of_one_stage(x, stages, labels)
-            if one is None:
-                return None
-            formula, stages = one[0], tuple(one[1])
-        pattern = formula.patterns[x.dim()]
-        groups = formula.packed(labels) if formula.lookups else ()  # in the order in which the pattern reads them
-        if pattern is None or groups is None:
-            return None
-        weight, bias = stages[0] if stages else (None, None)
+        formula, pattern, groups, weight, bias = _as_bound(call)
         if moments is not None or center is not None or wholes or formula.options.correction:
             how = Bound(pattern, groups, formula, labels)
             if moments is not None and has_step(call):
@@ -111,6 +102,22 @@ def bound(call: Call, kept: list[Any] | None = None) -> Tensor | None:
         return y
     except (AttributeError, Closer):  # what is no tensor has no gradient
         return None
+
+
+def _as_bound(call: Call) -> tuple[Formula, bytes, tuple[Packed, ...], Tensor | None, Tensor | None]:
+    """The formula of one affine stage, its pattern and labels as the library reads them, weight and bias."""
+    formula, x, _, stages, _, labels, *_ = call
+    if len(stages) > 1:
+        one = formula.of_one_stage(x, stages, labels)
+        if one is None:
+            raise Closer
+        formula, stages = one
+    pattern = formula.patterns[x.dim()]
+    groups = formula.packed(labels) if formula.lookups else ()  # in the order in which the pattern reads them
+    if pattern is None or groups is None:
+        raise Closer
+    weight, bias = stages[0] if stages else (None, None)
+    return formula, pattern, groups, weight, bias
 
 
 def _bound_to(
@@ -155,20 +162,13 @@ Applied = Callable[[Moments], "Tensor | None"]  # y by changed moments; None: it
 
 def _own_of_library(call: Call) -> tuple[Moments, Applied | None] | None:
     """The moments of x by the library, and its way to y, if one pass over x serves both gradients."""
-    formula, x, mask, stages, _, labels, *_ = call
+    formula, x, mask, _, _, labels, *_ = call
     if not (torch.is_grad_enabled() and has_partner(formula.options, x, mask)):
         own = _bound_moments(formula.of_moments, x, mask, labels)
         return None if own is None else (own, None)
     try:
-        if len(stages) > 1:
-            one = formula.of_one_stage(x, stages, labels)
-            if one is None:
-                return None
-            formula, stages = one[0], tuple(one[1])
-        pattern, groups = formula.patterns[x.dim()], formula.packed(labels)
-        if pattern is None or groups is None:
-            return None
-        how, operands = Bound(pattern, groups, formula, labels), Operands(x, mask, *(stages[0] if stages else ()))
+        formula, pattern, groups, *params = _as_bound(call)
+        how, operands = Bound(pattern, groups, formula, labels), Operands(x, mask, *params)
         *fields, x_again, place = measured(how, True, *_for_partner(operands))  # type: ignore[no-untyped-call]
     except (AttributeError, Closer):
         return None
