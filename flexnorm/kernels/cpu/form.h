@@ -3,6 +3,7 @@
 #include <cstdint>
 
 constexpr int DIMS = 12;
+constexpr int64_t GRAIN = 1 << 15;  // elements that pay for waking a thread (5 us)
 
 // What decides the order of a sum, so that the binder and the kernels must agree in it. The oracle of tests has it too (tests/cutter.py).
 constexpr int64_t CHUNK = 1 << 16;  // elements of a set that are summed before they are merged with the next

@@ -13,7 +13,6 @@
 
 namespace {
 
-constexpr int64_t GRAIN = 1 << 15;  // elements below which a kernel takes one thread, as in kernel.cpp
 Pages pages = ASK;                  // what is known of large results
 
 const Pattern* pattern_of(PyObject* o) { return reinterpret_cast<const Pattern*>(PyBytes_AsString(o)); }

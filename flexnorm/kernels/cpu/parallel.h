@@ -10,9 +10,9 @@
 #include <omp.h>
 #endif
 
-namespace ARCH {
+#include "form.h"
 
-constexpr int64_t GRAIN = 1 << 15;  // elements that pay for waking a thread (5 us)
+namespace ARCH {
 
 // f(0) ... f(n - 1). Every thread goes through a share of its own, forwards, so that what it asks memory for ahead of time is
 // its own too; whoever is done takes from the end of another's share.
