@@ -1,4 +1,4 @@
-"""All cases: shapes of real models, by field. Those of the table "torch" come first."""
+"""All cases: shapes of real models, by field. The cases of the table "torch" come first."""
 
 from ..case import Case
 from . import graphs, images, sequences, spectrograms

@@ -167,7 +167,7 @@ class _Order:
         return t.reshape([shape[axis] for axis in self.axes]).permute(back)
 
     def of_sets(self, t: Tensor) -> Tensor:
-        """What is kept of the sets, in their internal shape."""
+        """A statistic of the sets, in their internal shape."""
         return self._back(t, self.sets.internal_shape)
 
     def to_keep(self, t: Tensor) -> Tensor:
